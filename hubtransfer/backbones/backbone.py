@@ -96,6 +96,7 @@ class Backbone(nn.Module):
         | `"resnet18"`, `"timm/resnet18"`, `"timm/resnet18.a1_in1k"` | timm |
         | `"hf-hub:org/name"`, `"local-dir:path"` | timm, from a repository or folder that timm saved |
         | `"org/name"` | transformers (or timm, if the repository says so) |
+        | `"plain:mlp"`, `"plain:lenet"`, `"plain:wide_resnet"` with `pretrained=False` | this library, see `plain` |
         | `"bert"` with `pretrained=False` | transformers, the default structure of a model type |
         | a folder with config.json and model.safetensors | whichever library wrote it |
         | an `nn.Module` | `from_module` |
@@ -116,11 +117,13 @@ class Backbone(nn.Module):
             ValueError: For an unknown name (with the nearest valid ones), an unreachable or missing repository, or an
                 argument that the network does not take.
         """
-        from hubtransfer.backbones import names, timm, transformers
+        from hubtransfer.backbones import names, plain, timm, transformers
 
         if isinstance(name_or_path, nn.Module):
             return cls.from_module(name_or_path, **kwargs)
         name = os.fspath(name_or_path)
+        if name.startswith(plain.PREFIX):
+            return plain.from_plain(name, pretrained=pretrained, kwargs=kwargs)
         options: dict[str, Any] = {"pretrained": pretrained, "revision": revision, "kwargs": kwargs}
         remote = {**options, "trust_remote_code": trust_remote_code}
         if name.startswith(("local-dir:", "hf-hub:", "hf_hub:", "timm/")) or timm.is_architecture(name):
@@ -182,9 +185,11 @@ class Backbone(nn.Module):
         Raises:
             ValueError: If the structure is a plain module, which only its own code can make.
         """
-        from hubtransfer.backbones import timm, transformers
+        from hubtransfer.backbones import plain, timm, transformers
 
         library = source.get("library")
+        if library == "plain":
+            return plain.from_source(source)
         if library == "timm":
             return timm.from_source(source)
         if library == "transformers":
@@ -194,7 +199,9 @@ class Backbone(nn.Module):
                 f"The backbone is a plain module ({source.get('name')}), which no config can rebuild: make it "
                 "with your own code and pass `backbone=Backbone.from_module(...)`."
             )
-        raise ValueError(f"Unknown library {library!r} in the backbone's source; valid: timm, transformers, module.")
+        raise ValueError(
+            f"Unknown library {library!r} in the backbone's source; valid: timm, transformers, plain, module."
+        )
 
     # --------------------------------------------------------------- running
 
