@@ -212,7 +212,7 @@ def from_plain(name: str, *, pretrained: bool, kwargs: Mapping[str, Any]) -> Mod
     backbone = ModuleBackbone(config.build(), modality="image", processor=processor, source=source)
     sample = {"pixel_values": ((2, channels, height, width), torch.float32)}
     backbone.survey(sample, layers=config.layers)
-    return backbone.eval()  # type: ignore[return-value]
+    return backbone.eval()
 
 
 def from_source(source: Mapping[str, Any]) -> ModuleBackbone:
