@@ -141,6 +141,14 @@ class Method(nn.Module):
         getattr(self, operation)(**kwargs)
         self.growth.append((operation, kwargs))
 
+    def watched(self) -> Mapping[str, Tensor | float]:
+        """Returns numbers of the method's own that a person wants to see over time, such as a weight for each task.
+
+        The log gets their values at each of its rows, under `watched`; they have to be the same on all processes. A
+        name is `what/of what`: `weight/left` and `weight/right` are drawn together.
+        """
+        return {}
+
     def hyper_parameters(self) -> dict[str, Any]:
         """Returns the config as a plain dictionary, for logs and cards."""
         return asdict(self.config) if is_dataclass(self.config) and not isinstance(self.config, type) else {}

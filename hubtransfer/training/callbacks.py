@@ -25,7 +25,7 @@ class Callback:
         """Called before the first step of a stage that runs."""
 
     def on_log(self, trainer: "Trainer", row: Mapping[str, Any]) -> None:
-        """Called with each row of the log: stage, step, epoch, learning rates, mean loss terms."""
+        """Called with each row of the log: stage, step, epoch, learning rates, mean loss terms, numbers to watch."""
 
     def on_evaluate(self, trainer: "Trainer", row: Mapping[str, Any]) -> None:
         """Called with the metrics of each evaluation."""
@@ -115,8 +115,9 @@ class Tracker(Callback):
         trainer.runtime.accelerator.init_trackers(name, config={"method": trainer.method.name})
 
     def on_log(self, trainer: "Trainer", row: Mapping[str, Any]) -> None:
-        """Logs losses and learning rates."""
+        """Logs losses, learning rates and what the method watches."""
         values = {f"loss/{k}": v for k, v in row["losses"].items()} | {f"lr/{k}": v for k, v in row["lr"].items()}
+        values |= row.get("watched", {})
         trainer.runtime.accelerator.log(values, step=row["total"])
 
     def on_evaluate(self, trainer: "Trainer", row: Mapping[str, Any]) -> None:

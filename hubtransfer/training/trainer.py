@@ -281,17 +281,16 @@ class Trainer:
             return
         losses = self._window.flush(where)
         rates = {name: optimizer.param_groups[-1]["lr"] for name, optimizer in self.runtime.optimizers.items()}
-        self._tell(
-            "on_log",
-            {
-                "stage": stage.name,
-                "step": self.cursor.step,
-                "total": self.cursor.total,
-                "epoch": round(self.cursor.step / per_epoch, 4),
-                "losses": losses,
-                "lr": rates,
-            },
-        )
+        watched = {name: float(value) for name, value in self.method.watched().items()}
+        row = {
+            "stage": stage.name,
+            "step": self.cursor.step,
+            "total": self.cursor.total,
+            "epoch": round(self.cursor.step / per_epoch, 4),
+            "losses": losses,
+            "lr": rates,
+        }
+        self._tell("on_log", row | ({"watched": watched} if watched else {}))
 
     # ---------------------------------------------------------------- saving
 

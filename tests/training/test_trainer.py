@@ -68,6 +68,19 @@ def test_a_learnable_task_is_learnt_and_everything_is_written(scenario, tmp_path
     assert sum("metrics" in row for row in rows) == 8
 
 
+def test_what_a_method_watches_stands_in_the_log_with_its_losses(scenario, tmp_path):
+    class Watching(Plain):
+        def watched(self):
+            return {"norm/head": self.model.heads["task"].weight.norm().detach(), "count": 7}
+
+    trainer, _ = run(make(Watching), scenario, tmp_path, steps=3, logging_steps=1, evaluate="no", save="no")
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["watched"]["count"] for row in rows] == [7, 7, 7]
+    norms = [row["watched"]["norm/head"] for row in rows]
+    assert len(set(norms)) == 3, "each row has the values of its own step"
+    assert norms[-1] == pytest.approx(float(trainer.method.model.heads["task"].weight.detach().norm()))
+
+
 def test_evaluation_leaves_no_trace(scenario, tmp_path):
     """Evaluating after every step gives the same parameters as never evaluating."""
     often, never = make(Plain), make(Plain)
