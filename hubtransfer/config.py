@@ -240,6 +240,10 @@ def _union(args: tuple[Any, ...], value: Any, hint: Any, where: str) -> Any:
             return from_dict(_class_of_kind_among(kinds, value["kind"], where), value, where)
         if len(classes) == 1 and not any((get_origin(a) or a) in _MAPPINGS for a in args):
             return from_dict(classes[0], value, where)  # its own error says more than "none of these types"
+    if isinstance(value, (list, tuple)):
+        sequences = [a for a in args if (get_origin(a) or a) in (tuple, *_SEQUENCES)]
+        if len(sequences) == 1:
+            return convert(sequences[0], value, where)  # likewise
     for arg in args:
         try:
             return convert(arg, value, where)

@@ -7,7 +7,7 @@ classes, label names, the name of the only task) is filled in from the data.
 
     method: {name: <registered name>, <hyper-parameters>}           # or {sum: [{name: ...}, {name: ...}]}
     model: {backbone: timm/tf_efficientnet_lite0, image_size: 64, tasks: {digits: {patch: scale_bias}}}
-    teacher: {from: me/big-model}            # only for methods that have one
+    teacher: {from: me/big-model}            # only for methods that have one; or a list of several
     data: {name: digits, limit: 1000}        # or source and target, tasks, stream: see recipe_data.py
     training: {epochs: 5, lr: 1e-3}
     seeds: [0, 1, 2]
@@ -23,7 +23,7 @@ from functools import reduce
 from operator import add
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hubtransfer.config import from_dict, load_yaml, override, to_dict, unknown_name
 from hubtransfer.recipe_methods import method_parts
@@ -60,6 +60,8 @@ class ModelSection:
         trust_remote_code: whether code from the Hub may run.
         options: further keywords of the backbone.
         tasks: task -> head and patch; by default one for each task of the data.
+        initialise: "teacher" gives the model its teacher's weights to start from, layer by layer and of wider layers
+            the first channels; {module of the model: module of the teacher} names what is not at equal distances.
     """
 
     backbone: str | None = None
@@ -70,6 +72,7 @@ class ModelSection:
     trust_remote_code: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     tasks: Mapping[str, TaskSection | None] = field(default_factory=dict)
+    initialise: Literal["teacher"] | Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         """Checks that there is one place to take the model from.
@@ -89,10 +92,24 @@ class TeacherSection(ModelSection):
         task: task of the teacher; by default its only one.
         train: method, training arguments and, if they differ, data with which the teacher is trained first. It is
             kept in the output folder and taken from there the next time.
+        seed: of that training: one teacher for all students. By default each student's seed has a teacher of its own.
     """
 
     task: str | None = None
     train: Mapping[str, Any] | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks what only a model that learns can have, and what only a training can.
+
+        Raises:
+            ValueError: if the teacher is to be initialised, or has a seed and no training.
+        """
+        super().__post_init__()
+        if self.initialise is not None:
+            raise ValueError("'initialise' belongs to the model that learns; the teacher keeps its weights")
+        if self.seed is not None and self.train is None:
+            raise ValueError("'seed' is that of the teacher's training: give 'train' too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +119,7 @@ class Recipe:
     Attributes:
         method: registered name and hyper-parameters; or ``sum``: a list of such, whose losses are added up.
         model: the model that learns.
-        teacher: the model it learns from, for methods that have one.
+        teacher: the model it learns from, or a list of several, for methods that have one.
         data: data sets, in the form of a scenario.
         training: training arguments.
         seeds: one run for each.
@@ -114,12 +131,17 @@ class Recipe:
     method: Mapping[str, Any]
     model: ModelSection
     data: Mapping[str, Any]
-    teacher: TeacherSection | None = None
+    teacher: TeacherSection | tuple[TeacherSection, ...] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     grid: Mapping[str, list[Any]] | tuple[Mapping[str, Any], ...] | None = None
     headline: Mapping[str, str] | None = None
     about: str = ""
+
+    @property
+    def teachers(self) -> tuple[TeacherSection, ...]:
+        """Every teacher's section: none, one or several."""
+        return self.teacher if isinstance(self.teacher, tuple) else () if self.teacher is None else (self.teacher,)
 
 
 class Built(NamedTuple):
@@ -146,6 +168,8 @@ def read(recipe: str | PathLike[str] | Mapping[str, Any], overrides: Iterable[st
         raise ValueError(f"{where}: give 'seeds: [{checked.training['seed']}]' in place of training.seed")
     method_parts(checked)
     _arguments(checked, checked.seeds[0])
+    if checked.model.initialise is not None and len(checked.teachers) != 1:
+        raise ValueError(f"{where}: model.initialise needs exactly one teacher, there are {len(checked.teachers)}")
     return checked
 
 
@@ -171,8 +195,10 @@ def build(recipe: Recipe | str | PathLike[str] | Mapping[str, Any], seed: int | 
     _seed_everything(seed)
     model = build_model(recipe.model, scenario)
     taught: dict[str, Any] = {}
-    if recipe.teacher is not None:
-        taught["teacher"] = _teacher(recipe, scenario, arguments)
+    if recipe.teachers:
+        teachers = [_teacher(section, recipe, scenario, arguments) for section in recipe.teachers]
+        taught["teacher"] = teachers if isinstance(recipe.teacher, tuple) else teachers[0]
+        _initialise(model, recipe.model, teachers)
         _seed_everything(seed)
     methods: list[Any] = [part.cls(model, **part.options, **(taught if part.learns else {})) for part in parts]
     try:
@@ -303,14 +329,20 @@ def _arguments(recipe: Recipe, seed: int) -> TrainingArguments:
     return from_dict(TrainingArguments, {**recipe.training, "seed": seed}, where="training")
 
 
-def _teacher(recipe: Recipe, scenario: Any, arguments: TrainingArguments) -> Teacher:
+def _initialise(model: TransferModel, section: ModelSection, teachers: list[Teacher]) -> None:
+    from hubtransfer.models import initialise_from_teacher
+
+    if section.initialise is not None:
+        layers = "uniform" if isinstance(section.initialise, str) else section.initialise
+        initialise_from_teacher(model, teachers[0], layers)  # type: ignore[arg-type]
+
+
+def _teacher(section: TeacherSection, recipe: Recipe, scenario: Any, arguments: TrainingArguments) -> Teacher:
     from hubtransfer.models import Teacher, TransferModel
 
-    section = recipe.teacher
-    assert section is not None
     if section.train is None:
         return Teacher(build_model(section, scenario), task=section.task)
-    plain = {k: v for k, v in to_dict(section).items() if k not in ("train", "task")}
+    plain = {k: v for k, v in to_dict(section, defaults=False).items() if k not in ("train", "task", "seed")}
     known = ("method", "training", "data", "model")
     for key in section.train:
         if key not in known[:3]:
@@ -320,12 +352,13 @@ def _teacher(recipe: Recipe, scenario: Any, arguments: TrainingArguments) -> Tea
     )
     from hubtransfer.experiment import digest
 
-    folder = Path(arguments.output_dir).parent / f"teacher-{digest([to_dict(inner), arguments.seed])[:12]}"
+    seed = arguments.seed if section.seed is None else section.seed
+    folder = Path(arguments.output_dir).parent / f"teacher-{digest([to_dict(inner, defaults=False), seed])[:12]}"
     if not (folder / "model" / "config.json").is_file():
         from hubtransfer.training import Trainer
 
         inner = replace(inner, training={**inner.training, "output_dir": str(folder)})
-        Trainer(*build(inner, arguments.seed)).train(resume="auto")
+        Trainer(*build(inner, seed)).train(resume="auto")
     return Teacher(TransferModel.from_pretrained(str(folder / "model")), task=section.task)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin
 
 from hubtransfer.config import from_dict
 
@@ -53,10 +53,14 @@ def method_parts(recipe: Recipe) -> list[Part]:
             raise ValueError(f"{where} lacks the key 'name', a registered method; got {shown!r}")
         cls = find(entry["name"])
         learns = "teacher" in inspect.signature(cls.__init__).parameters
-        if learns and recipe.teacher is None:
+        if learns and not recipe.teachers:
             raise ValueError(f"method {cls.name!r} learns from a teacher: the recipe needs a 'teacher' section")
+        if learns and isinstance(recipe.teacher, tuple) and not _takes_several(cls):
+            raise ValueError(
+                f"method {cls.name!r} learns from one teacher: give 'teacher' as one section, not as a list"
+            )
         parts.append(Part(cls, _method_options(cls, entry, where), learns))
-    if recipe.teacher is not None and not any(part.learns for part in parts):
+    if recipe.teachers and not any(part.learns for part in parts):
         raise ValueError(f"method {parts[0].name!r} has no teacher: remove the 'teacher' section")
     return parts
 
@@ -64,6 +68,12 @@ def method_parts(recipe: Recipe) -> list[Part]:
 def method_name(recipe: Recipe) -> str:
     """The name of the recipe's method; of a sum, the names of all."""
     return " + ".join(part.name for part in method_parts(recipe))
+
+
+def _takes_several(cls: type[Method]) -> bool:
+    """Whether the constructor's `teacher` may be a sequence."""
+    hint = inspect.get_annotations(cls.__init__, eval_str=True)["teacher"]
+    return any(get_origin(one) is Sequence for one in (hint, *get_args(hint)))
 
 
 def _method_options(cls: type[Method], section: Mapping[str, Any], where: str) -> dict[str, Any]:

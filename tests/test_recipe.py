@@ -98,6 +98,17 @@ def test_the_wrong_form_names_the_right_one() -> None:
         ({"method": {"name": "kd"}}, "needs a 'teacher' section"),
         ({"teacher": {"from": "x"}}, "has no teacher"),
         ({"model": {}}, "give either 'backbone'"),
+        ({"model": {**MODEL, "initialise": "teacher"}}, "model.initialise needs exactly one teacher, there are 0"),
+        (
+            {"model": {**MODEL, "initialise": "techer"}},
+            "unknown value 'techer' in the recipe.model.initialise; did you mean 'teacher'?",
+        ),
+        ({"teacher": {**MODEL, "initialise": "teacher"}}, "belongs to the model that learns"),
+        ({"teacher": {**MODEL, "seed": 3}}, "'seed' is that of the teacher's training: give 'train' too"),
+        (
+            {"teacher": [MODEL, {"backbon": "x"}]},
+            "unknown key 'backbon' in the recipe.teacher[1]; did you mean 'backbone'?",
+        ),
         ({"model": {"backbone": "x", "imagesize": 3}}, "unknown key 'imagesize' in the recipe.model"),
         ({"model": {**MODEL, "tasks": {"a": {"hed": {}}}}}, "unknown key 'hed' in the recipe.model.tasks.a"),
         ({"model": {**MODEL, "tasks": {"a": {"patch": "scale_bia"}}}}, "did you mean 'scale_bias'"),
@@ -133,6 +144,50 @@ def test_a_teacher_is_trained_once(tmp_path: Path) -> None:
     assert first.config.temperature == 2.0
     recipe.build(one)
     assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == written
+
+
+def taught(folder: Path, teacher: Any, **changes: Any) -> dict[str, Any]:
+    training = {**TRAINING, "output_dir": str(folder / "student")}
+    return plain(method={"name": "kd"}, teacher=teacher, training=training, **changes)
+
+
+def test_several_teachers(tmp_path: Path) -> None:
+    trained = {**MODEL, "train": {"method": {"name": "fine_tune", "trains": "head"}, "training": TRAINING}}
+    other = {**MODEL, "backbone": "timm/test_resnet"}
+    several = taught(tmp_path, [trained, other]) | {"method": {"name": "feature_matching"}}
+    method = recipe.build(several).method
+    names = [teacher.model.backbone.source["name"] for teacher in method.teachers]
+    assert names == ["timm/test_efficientnet", "timm/test_resnet"]
+    assert len(list(tmp_path.glob("teacher-*"))) == 1
+    read = recipe.read(several)
+    assert [section.backbone for section in read.teachers] == names
+    assert recipe.read(config.to_dict(read, defaults=False)) == read
+    with pytest.raises(ValueError, match="'kd' learns from one teacher"):
+        recipe.read(taught(tmp_path, [trained, other]))
+
+
+def test_a_teacher_with_a_seed_of_its_own_is_one_for_all_students(tmp_path: Path) -> None:
+    teacher = {**MODEL, "train": {"method": {"name": "fine_tune", "trains": "head"}, "training": TRAINING}, "seed": 7}
+    found = [recipe.build(taught(tmp_path, teacher), seed=s).method for s in (0, 1)]
+    states = [method.teachers[0].model.state_dict() for method in found]
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert len(list(tmp_path.glob("teacher-*"))) == 1
+    own = [method.model.heads["digits"].weight for method in found]
+    assert not torch.equal(*own)
+
+
+def test_a_student_starts_from_its_teacher(tmp_path: Path) -> None:
+    vit = {"backbone": "timm/test_vit", "pretrained": False, "image_size": 32}
+    student = {**vit, "options": {"depth": 3}}
+    key = "blocks.{}.attn.qkv.weight"
+    for initialise, layers in (("teacher", (0, 2, 5)), ({"blocks.1": "blocks.4"}, (0, 4, 5))):
+        method = recipe.build(taught(tmp_path, vit, model={**student, "initialise": initialise})).method
+        own, theirs = (m.backbone.trunk.state_dict() for m in (method.model, method.teachers[0].model))
+        for k, layer in enumerate(layers):
+            assert torch.equal(own[key.format(k)], theirs[key.format(layer)])
+    method = recipe.build(taught(tmp_path, vit, model=student)).method
+    own, theirs = (m.backbone.trunk.state_dict() for m in (method.model, method.teachers[0].model))
+    assert not torch.equal(own[key.format(0)], theirs[key.format(0)])
 
 
 # ---------------------------------------------------------------------------------------- grids
@@ -248,14 +303,23 @@ def _small(mapping: dict[str, Any], folder: Path) -> list[str]:
     changes = ["training.steps=2", "training.epochs=null", "training.batch_size=4", "training.progress=false"]
     changes += ["training.plots=false", "seeds=[0]", f"training.output_dir={folder}"]
     changes += [f"data={json.dumps(_few(mapping['data']))}"]
-    for part in ("model", "teacher"):
-        section = mapping.get(part) or {}
-        changes += [f"{part}.pretrained=false"] if "backbone" in section else []
-        changes += [f"{part}.image_size=32"] if section.get("image_size", 0) > 32 else []
+    changes += [f"model={json.dumps(_untrained(mapping['model']))}"]
     changes += ["method.steps=2"] if "steps" in mapping["method"] else []
-    if (mapping.get("teacher") or {}).get("train"):
-        changes += ["teacher.train.training.steps=2", "teacher.train.training.epochs=null"]
+    if teacher := mapping.get("teacher"):
+        many = [_untrained(one) for one in (teacher if isinstance(teacher, list) else [teacher])]
+        changes += [f"teacher={json.dumps(many if isinstance(teacher, list) else many[0])}"]
     return changes
+
+
+def _untrained(section: dict[str, Any]) -> dict[str, Any]:
+    """A model's section with random weights, small images and, for a teacher that is trained first, two steps."""
+    found = {**section, "pretrained": False} if "backbone" in section else dict(section)
+    found |= {"image_size": 32} if found.get("image_size", 0) > 32 else {}
+    if train := found.get("train"):
+        training = {k: v for k, v in train["training"].items() if k != "epochs"} | {"steps": 2}
+        found["train"] = {**train, "training": training}
+        found["train"] |= {"data": _few(train["data"])} if "data" in train else {}
+    return found
 
 
 def _few(section: Any) -> Any:
