@@ -162,6 +162,32 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def summarise_teachers(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same for the teachers, of which there is one for each seed; none where nothing is known about them."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        several = len(record.get("teachers", ())) > 1
+        for number, teacher in enumerate(record.get("teachers", ())):
+            one = {"overrides": {"teacher": number} if several else {}, "numbers": teacher["numbers"]}
+            found.setdefault(json.dumps([record["seed"], one], sort_keys=True), one)
+    return summarise(found.values())
+
+
+def _teachers_of(method: Any) -> list[dict[str, Any]]:
+    """Size and measured numbers of those of a method's teachers that a run of this library trained."""
+    from hubtransfer.models import Teacher
+    from hubtransfer.models.record import record_of
+
+    found = []
+    for teacher in (module for module in method.modules() if isinstance(module, Teacher)):
+        record = record_of(teacher.model, teacher.task)
+        if record is not None:
+            mine = [r for r in record["results"] if r["task"] == teacher.task]
+            numbers = {r["metric"].rpartition("/")[2]: r["values"][0] for r in mine}
+            found.append({"parameters": sum(p.numel() for p in teacher.model.parameters()), "numbers": numbers})
+    return found
+
+
 def _run_cell(cell: Cell, folder: Path, fresh: bool) -> dict[str, Any]:
     from hubtransfer.training import Trainer
 
@@ -172,6 +198,7 @@ def _run_cell(cell: Cell, folder: Path, fresh: bool) -> dict[str, Any]:
         write_whole(folder / "recipe.yaml", to_yaml(to_dict(replace(cell.recipe, seeds=(cell.seed,)), defaults=False)))
     start = time.monotonic()
     built = build(replace(cell.recipe, training=training), cell.seed)
+    teachers = _teachers_of(built.method)
     result = Trainer(*built).train(resume=None if fresh else training.get("resume", "auto"))
     record = result.record
     return {
@@ -182,6 +209,7 @@ def _run_cell(cell: Cell, folder: Path, fresh: bool) -> dict[str, Any]:
         "steps": result.steps,
         "seconds": round(time.monotonic() - start, 2),
         "parameters": record.get("parameters"),
+        **({"teachers": teachers} if teachers else {}),
         "data": record.get("data"),
         "processes": record.get("processes", 1),
         "versions": record.get("versions"),
@@ -219,7 +247,10 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def _document(name: str, recipe: Recipe, records: list[dict[str, Any]]) -> dict[str, Any]:
-    head = {"recipe": name, "method": method_name(recipe), "headline": recipe.headline}
+    headline = None if recipe.headline is None else to_dict(recipe.headline, defaults=False)
+    head: dict[str, Any] = {"recipe": name, "method": method_name(recipe), "headline": headline}
+    teachers = summarise_teachers(records)
+    head |= {"teachers": teachers} if teachers else {}
     return {**head, "summary": summarise(records), "cells": records}
 
 

@@ -113,6 +113,23 @@ class TeacherSection(ModelSection):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Headline:
+    """What the table of methods shows of a recipe's results.
+
+    Attributes:
+        metric: which number.
+        wrong: show 100 (1 - metric) instead: the share that is wrong, in per cent.
+        rows: show only those alternatives of the grid that have one of these values, path -> values.
+        paper: the paper's figure, in words.
+    """
+
+    metric: str
+    wrong: bool = False
+    rows: Mapping[str, list[Any]] = field(default_factory=dict)
+    paper: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What to train on what and how; one to one with the YAML.
 
@@ -124,7 +141,7 @@ class Recipe:
         training: training arguments.
         seeds: one run for each.
         grid: ``{path: [values]}`` runs every combination, ``[{path: value, ...}, ...]`` each alternative.
-        headline: what the table of methods shows: ``metric``, and the ``paper``'s figure in words.
+        headline: what the table of methods shows of the results.
         about: what the recipe is for, in a sentence or two.
     """
 
@@ -135,7 +152,7 @@ class Recipe:
     training: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     grid: Mapping[str, list[Any]] | tuple[Mapping[str, Any], ...] | None = None
-    headline: Mapping[str, str] | None = None
+    headline: Headline | None = None
     about: str = ""
 
     @property

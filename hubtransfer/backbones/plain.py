@@ -107,6 +107,7 @@ class WideResNet:
         input_shape: Channels, height and width of the images.
         depth: Layers with weights, 6 n + 4.
         width: Factor k on the groups' channels 16, 32 and 64.
+        stride: Of the first convolution; 2 makes everything after it four times cheaper.
         dropout: Share of a block's inner activations left out in training.
     """
 
@@ -115,14 +116,17 @@ class WideResNet:
     input_shape: tuple[int, int, int] = (1, 28, 28)
     depth: int = 16
     width: float = 1
+    stride: int = 1
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        """Checks the depth.
+        """Checks depth and stride.
 
         Raises:
-            ValueError: If it is not 6 n + 4.
+            ValueError: If the depth is not 6 n + 4, or the stride is less than 1.
         """
+        if self.stride < 1:
+            raise ValueError(f"stride must be at least 1, got {self.stride}")
         if self.depth < 10 or (self.depth - 4) % 6:
             near = max(10, 6 * round((self.depth - 4) / 6) + 4)
             raise ValueError(
@@ -130,7 +134,7 @@ class WideResNet:
             )
 
     def build(self) -> nn.Module:
-        """Images (batch, channels, height, width) -> maps (batch, 64 k, height / 4, width / 4)."""
+        """Images (batch, channels, height, width) -> maps (batch, 64 k, height / (4 stride), width / (4 stride))."""
         return _WideResNet(self)
 
 
@@ -139,7 +143,7 @@ class _WideResNet(nn.Module):
         super().__init__()
         blocks = (config.depth - 4) // 6
         widths = [round(channels * config.width) for channels in (16, 32, 64)]
-        self.stem = nn.Conv2d(config.input_shape[0], 16, 3, padding=1, bias=False)
+        self.stem = nn.Conv2d(config.input_shape[0], 16, 3, config.stride, padding=1, bias=False)
         groups = []
         for before, channels, stride in zip((16, *widths), widths, (1, 2, 2)):
             first = _Block(before, channels, stride, config.dropout)

@@ -96,19 +96,30 @@ def _figures(family: str, method: str) -> tuple[str, str]:
         if document["method"] != method or not headline:
             continue
         name = file.name.removesuffix(".results.json")
-        rows = [_figure(row) for row in document["summary"] if row["metric"].rpartition("/")[2] == headline["metric"]]
         link = f"[{name.removeprefix(method + '_')}](recipes/{family}/{name}.yaml)"
-        ours.append(f"{link} {headline['metric']}: {'; '.join(rows)}")
-        theirs += [headline["paper"]] if "paper" in headline else []
+        ours.append(f"{link} {_headline(document, headline)}")
+        theirs += [headline["paper"]] if headline.get("paper") else []
     return "<br>".join(ours), "<br>".join(theirs)
 
 
-def _figure(row: dict[str, Any]) -> str:
+def _headline(document: dict[str, Any], headline: dict[str, Any]) -> str:
+    """What a recipe's headline shows of its results."""
+    wrong, chosen = headline.get("wrong", False), headline.get("rows", {})
+    teachers = [{**row, "metric": f"teacher/{row['metric']}"} for row in document.get("teachers", ())]
+    rows = [row for row in document["summary"] if all(row["overrides"].get(k) in v for k, v in chosen.items())]
+    shown = [_figure(row, wrong) for row in teachers + rows if row["metric"].rpartition("/")[2] == headline["metric"]]
+    return f"{'error in %' if wrong else headline['metric']}: {'; '.join(shown)}"
+
+
+def _figure(row: dict[str, Any], wrong: bool) -> str:
     changes = {path.rpartition(".")[2]: value for path, value in row["overrides"].items() if _is_plain(value)}
     where = row["metric"].rpartition("/")[0]
     cell = ", ".join([*(f"{name} {value}" for name, value in changes.items()), *([where] if where else [])])
-    half = "" if row["interval"] is None else f" ± {(row['interval'][1] - row['interval'][0]) / 2:.3f}"
-    return f"{cell + ': ' if cell else ''}{row['mean']:.3f}{half}"
+    factor, digits = (100, 2) if wrong else (1, 3)
+    mean = 100 * (1 - row["mean"]) if wrong else row["mean"]
+    low, high = row["interval"] or (0, 0)
+    half = "" if row["interval"] is None else f" ± {factor * (high - low) / 2:.{digits}f}"
+    return f"{cell + ': ' if cell else ''}{mean:.{digits}f}{half}"
 
 
 def _is_plain(value: Any) -> bool:

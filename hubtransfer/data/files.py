@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import struct
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,13 @@ def idx_pair(folder: Path, part: str) -> dict[str, Tensor]:
     Raises:
         ValueError: a file is missing, cut short, or another format.
     """
-    images, labels = (_read_idx(_idx_file(folder, part, kind)) for kind in ("images", "labels"))
+    images, labels = (_idx(_idx_file(folder, part, kind)) for kind in ("images", "labels"))
     return {"pixel_values": images, "labels": labels.long()}
+
+
+def _idx(file: Path) -> Tensor:
+    state = file.stat()
+    return _read_idx(file, (state.st_mtime_ns, state.st_size))
 
 
 def _idx_file(folder: Path, part: str, kind: str) -> Path:
@@ -56,7 +62,8 @@ def _idx_file(folder: Path, part: str, kind: str) -> Path:
     return found[0]
 
 
-def _read_idx(file: Path) -> Tensor:
+@lru_cache(maxsize=8)  # a grid reads the same files in every cell
+def _read_idx(file: Path, version: tuple[int, int]) -> Tensor:
     """An idx file: two zero bytes, type 8 (unsigned byte), number of axes, their big-endian lengths, the values."""
     raw = file.read_bytes()
     if raw[:2] == b"\x1f\x8b":

@@ -27,6 +27,7 @@ from hubtransfer.data.table import HubTable, Table
 log = logging.getLogger(__name__)
 
 DIGITS = tuple("0123456789")
+CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 ANIMALS = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")
 
 
@@ -199,18 +200,43 @@ def _mnist5k() -> tuple[Tensor, Tensor]:
 @data_source("mnist")
 def mnist(request: Request) -> Splits:
     """70,000 handwritten digits of 28 x 28 pixels: ylecun/mnist on the Hub, or a folder of idx files."""
-    folder = request.folder or _data_folder("mnist", "train-images*idx3*")
+    return _idx_files("mnist", request, "ylecun/mnist", DIGITS, _folders("mnist", ""), instead="mnist5k")
+
+
+@data_source("fashion")
+def fashion(request: Request) -> Splits:
+    """70,000 clothes of 28 x 28 pixels: zalando-datasets/fashion_mnist on the Hub, or a folder of idx files."""
+    folders = [*_folders("fashion", "fashion-mnist"), Path("/usr/share/datasets/fashion-mnist")]  # the last is Debian's
+    return _idx_files("fashion", request, "zalando-datasets/fashion_mnist", CLOTHES, folders, instead="animals")
+
+
+def _idx_files(
+    name: str, request: Request, hub: str, classes: tuple[str, ...], folders: list[Path], instead: str
+) -> Splits:
+    """A data set in MNIST's format: from the folder asked for, else the Hub, else the first folder that has it.
+
+    Raises:
+        ValueError: it is nowhere; ``instead`` is a data set that a package holds.
+    """
+    found = next((str(one) for one in folders if any(one.glob("train-images*idx3*"))), None)
+    folder = request.folder or found
     if request.folder is None and (not request.offline or folder is None):
-        found = _try_hub("ylecun/mnist", request)
-        if found is not None:
-            return Splits(_in_memory(found["train"]), _in_memory(found["test"]), DIGITS, "ylecun/mnist on the Hub")
+        data = _try_hub(hub, request)
+        if data is not None:
+            return Splits(_in_memory(data["train"]), _in_memory(data["test"]), classes, f"{hub} on the Hub")
     if folder is None:
         raise ValueError(
-            "mnist: the Hub cannot be reached and there are no files; give folder= or the environment variable "
-            "HUBTRANSFER_DATA a folder with train-images-idx3-ubyte(.gz) and the other three, or take 'mnist5k'"
+            f"{name}: the Hub cannot be reached and there are no files; give folder= or the environment variable "
+            "HUBTRANSFER_DATA a folder with train-images-idx3-ubyte(.gz) and the other three, or take "
+            f"{instead!r}"
         )
     parts = [idx_pair(Path(folder), part) for part in ("train", "t10k")]
-    return Splits(parts[0], parts[1], DIGITS, f"idx files in {folder}")
+    return Splits(parts[0], parts[1], classes, f"idx files in {folder}")
+
+
+def _folders(*names: str) -> list[Path]:
+    root = os.environ.get("HUBTRANSFER_DATA")
+    return [Path(root) / name for name in names] if root else []
 
 
 @data_source("animals")
@@ -345,9 +371,3 @@ def _reachable(endpoint: str) -> bool:
 def hub_reachable() -> bool:
     """Whether the Hub answers within three seconds; asked once a process."""
     return _reachable(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-
-
-def _data_folder(name: str, pattern: str) -> str | None:
-    root = os.environ.get("HUBTRANSFER_DATA")
-    places = [Path(root) / name, Path(root)] if root else []
-    return next((str(place) for place in places if any(place.glob(pattern))), None)

@@ -51,6 +51,10 @@ def test_groups_halve_the_map():
         ("group2", 64, 2),
         ("group3", 128, 4),
     ]
+    cheap = made("wide_resnet", depth=10, stride=2)
+    assert [(i.name, i.reduction) for i in cheap.layers] == [("group1", 2), ("group2", 4), ("group3", 7)]  # 4 of 28
+    maps = cheap(torch.zeros(2, 1, 28, 28), ["group1", "group3"]).maps
+    assert [tuple(m.shape[1:]) for m in maps.values()] == [(16, 14, 14), (64, 4, 4)]
     maps = made("lenet")(torch.zeros(2, 1, 28, 28), ["0", "1"]).maps
     assert [tuple(m.shape[1:]) for m in maps.values()] == [(10, 12, 12), (20, 4, 4)]
 
@@ -77,6 +81,7 @@ def test_xavier_has_zero_biases_and_its_bound():
         ("mlp", {"widths": []}, "at least one hidden layer"),
         ("mlp", {"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
         ("wide_resnet", {"depth": 17}, "the nearest is 16"),
+        ("wide_resnet", {"stride": 0}, "stride must be at least 1"),
         ("lenet", {"image_size": 9}, "too small"),
     ],
 )

@@ -1,5 +1,6 @@
 import gzip
 import struct
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -138,6 +139,33 @@ def test_mnist_from_a_folder(tmp_path, monkeypatch, caplog):
 def test_mnist_without_anything_says_what_to_do(monkeypatch):
     with pytest.raises(ValueError, match="HUBTRANSFER_DATA"):
         load_data("mnist")
+
+
+@pytest.mark.parametrize("name", ["fashion", "fashion-mnist"])
+def test_fashion_from_a_folder(name, tmp_path, monkeypatch):
+    (tmp_path / name).mkdir()
+    made = write_mnist(tmp_path / name)
+    monkeypatch.setenv("HUBTRANSFER_DATA", str(tmp_path))
+    found = load_data("fashion")
+    assert np.array_equal(found.train["pixel_values"].numpy(), made["train"][0])
+    assert (found.classes[9], len(found.classes)) == ("ankle boot", 10)
+
+
+def test_one_folder_of_digits_is_no_fashion(tmp_path, monkeypatch):
+    write_mnist(tmp_path)
+    monkeypatch.setenv("HUBTRANSFER_DATA", str(tmp_path))
+    monkeypatch.setattr(sources, "Path", lambda place: tmp_path / "nowhere" if "/usr/" in str(place) else Path(place))
+    assert len(load_data("mnist").train["labels"]) == 6
+    with pytest.raises(ValueError, match="fashion: the Hub cannot be reached and there are no files"):
+        load_data("fashion")
+
+
+def test_a_file_that_changes_is_read_again(tmp_path):
+    write_mnist(tmp_path)
+    before = load_data("mnist", "test", folder=str(tmp_path))["labels"]
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(idx(np.arange(3) + 5))
+    assert before.tolist() == [0, 1, 2]
+    assert load_data("mnist", "test", folder=str(tmp_path))["labels"].tolist() == [5, 6, 7]
 
 
 def test_broken_files_are_named(tmp_path):
@@ -285,7 +313,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def test_the_registry():
-    assert {"digits", "mnist", "mnist5k", "animals", "multimnist"} <= set(data_sources())
+    assert {"digits", "mnist", "fashion", "mnist5k", "animals", "multimnist"} <= set(data_sources())
     assert all(data_sources().values())
     with pytest.raises(ValueError, match="exists already"):
         data_source("digits")(lambda request: None)
