@@ -57,8 +57,9 @@ def project_to_cone(vector: Tensor, constraints: Tensor, margin: float = 0.0, ri
     .. math:: \min_{\tilde g} \tfrac12 \|g - \tilde g\|^2 \quad\text{s.t.}\quad G \tilde g \ge 0, \qquad
        \tilde g = g + G^\top v
 
-    with the dual's solution v (see `cone_weights`). A margin above 0 leaves the dual's bound v >= 0 behind and moves the
-    answer further inside the cone. A vector that meets all constraints is returned as it is, whatever the margin.
+    with the dual's solution v (see `cone_weights`). A margin above 0 raises the dual's bound from v >= 0 and
+    moves the answer further inside the cone. A vector that meets all constraints is returned as it is, whatever the
+    margin.
 
     Args:
         vector: g, (n,).

@@ -154,23 +154,25 @@ def test_a_nan_loss_names_stage_step_and_term_and_leaves_the_checkpoint(name, tm
     assert store.newest_whole() is not None
 
 
-def _labelled(scenario):
-    """The scenario's first source that has labels, and the name of its field."""
+def _with_first_labelled(scenario, spoil):
+    """The scenario with its first data set that has labels, a dictionary of tensors, changed by `spoil`."""
+    if hasattr(scenario, "items"):
+        first, *others = scenario.items
+        return replace(scenario, items=[_with_first_labelled(first, spoil), *others])
     for field in fields(scenario):
         data = getattr(scenario, field.name)
         if isinstance(data, dict) and any(k.startswith("label") or k in ("left", "right") for k in data):
-            return field.name, data
+            return replace(scenario, **{field.name: spoil(data)})
         if isinstance(data, dict):
             for key, inner in data.items():
                 if isinstance(inner, dict) and "labels" in inner:
-                    return field.name, {key: inner}
+                    return replace(scenario, **{field.name: data | {key: spoil(inner)}})
     raise AssertionError("the example has no labelled dictionary of tensors")
 
 
 @every_method
 def test_labels_outside_the_head_are_named_before_work_starts(name, tmp_path):
     method, scenario = example(name)
-    field, data = _labelled(scenario)
 
     def spoil(columns):
         spoiled = {k: v.clone() for k, v in columns.items()}
@@ -179,26 +181,22 @@ def test_labels_outside_the_head_are_named_before_work_starts(name, tmp_path):
                 value[0] = 99
         return spoiled
 
-    nested = any(isinstance(v, dict) for v in data.values())
-    bad = getattr(scenario, field) | {k: spoil(v) for k, v in data.items()} if nested else spoil(data)
     before = snapshot(method)
     with pytest.raises(ValueError, match="99"):
-        Trainer(method, replace(scenario, **{field: bad}), arguments(name, tmp_path)).train()
+        Trainer(method, _with_first_labelled(scenario, spoil), arguments(name, tmp_path)).train()
     assert_same(before, snapshot(method), "training had started")
 
 
 @every_method
 def test_inputs_of_the_wrong_shape_are_named_before_work_starts(name, tmp_path):
     method, scenario = example(name)
-    field, data = _labelled(scenario)
 
     def spoil(columns):
         return {k: v[:, :2, :3, :3] if v.ndim == 4 else v for k, v in columns.items()}
 
-    nested = any(isinstance(v, dict) for v in data.values())
-    bad = getattr(scenario, field) | {k: spoil(v) for k, v in data.items()} if nested else spoil(data)
+    bad = _with_first_labelled(scenario, spoil)
     with pytest.raises(ValueError, match=r"\(1, 2, 3, 3\)|channels|shape"):
-        Trainer(method, replace(scenario, **{field: bad}), arguments(name, tmp_path)).train()
+        Trainer(method, bad, arguments(name, tmp_path)).train()
 
 
 @every_method
