@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Batch as Batch,
         DataStream as DataStream,
         DomainPair as DomainPair,
+        Mixing as Mixing,
         MixUp as MixUp,
         MultiTask as MultiTask,
         SingleTask as SingleTask,
@@ -52,7 +53,7 @@ __version__ = "0.1.0"
 # The same names as above, for the interpreter (tests/test_import.py holds the two together).
 _HOME = {
     "hubtransfer.backbones": "Backbone Features",
-    "hubtransfer.data": "Augment Batch DataStream DomainPair MixUp MultiTask SingleTask TaskStream load_data",
+    "hubtransfer.data": "Augment Batch DataStream DomainPair Mixing MixUp MultiTask SingleTask TaskStream load_data",
     "hubtransfer.methods": "Method OptimizerConfig",
     "hubtransfer.methods.finetuning": "FineTune",
     "hubtransfer.models": "ClassificationHead DenseHead MultiLabelHead RegressionHead Teacher TransferModel "

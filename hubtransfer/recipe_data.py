@@ -5,7 +5,8 @@ keys                                                  scenario
 ====================================================  ==================================================
 ``name`` (and options of ``load_data``)               ``SingleTask``, or ``DataStream`` for methods of streams
 ``source``, ``target``                                ``DomainPair``
-``tasks: {task: data set}``, or ``labels``            ``MultiTask``
+``tasks: {task: data set}`` (and ``mixing``), or      ``MultiTask``
+``labels: {task: column}`` (and ``labelled``)
 ``stream: [data set, ...]``, ``kind``                 ``TaskStream``
 ====================================================  ==================================================
 """
@@ -17,8 +18,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from hubtransfer.config import from_dict, unknown_name
-from hubtransfer.data import Augment, DataStream, DomainPair, MixUp, MultiTask, SingleTask, TaskStream, load_data
+from hubtransfer.config import convert, from_dict, unknown_name
+from hubtransfer.data import (
+    Augment,
+    DataStream,
+    DomainPair,
+    Mixing,
+    MixUp,
+    MultiTask,
+    SingleTask,
+    Source,
+    TaskStream,
+    load_data,
+)
+from hubtransfer.data.draws import keep_labels
+from hubtransfer.data.sources import Columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +133,7 @@ class _Pair:
 class _Many:
     tasks: Mapping[str, Mapping[str, Any] | str]
     name: str | None = None
+    mixing: Mixing | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +151,12 @@ def _build(section: dict[str, Any], wanted: Sequence[type], task: str | None) ->
     if "stream" in section:
         return _row(from_dict(_Row, section, "data"))
     if "labels" in section:
-        labels = section.pop("labels")
+        labels, labelled = section.pop("labels"), section.pop("labelled", {})
         if not isinstance(labels, Mapping):
             raise ValueError(f"data.labels must map tasks to columns, got {labels!r} (one column: columns.labels)")
         one = DataSet.read(section, "data")
         return MultiTask(
-            train=one.load(),
+            train=_labelled(one.load(), labels, labelled, one.options.get("seed", 0)),
             labels=labels,
             evaluation=one.load_evaluation(),
             columns=one.columns,
@@ -151,6 +166,23 @@ def _build(section: dict[str, Any], wanted: Sequence[type], task: str | None) ->
     one = DataSet.read(section, "data")
     cls = DataStream if DataStream in wanted and SingleTask not in wanted else SingleTask
     return _single(one, cls, task)
+
+
+def _labelled(data: Any, labels: Mapping[str, str], labelled: Any, seed: int) -> Any:
+    """The data with the labels of some tasks hidden, so that a task is learned from few examples."""
+    for task, count in convert(Mapping[str, int], labelled, "data.labelled").items():
+        if task not in labels:
+            raise ValueError(unknown_name("task", task, labels, "data.labelled"))
+        if not isinstance(data, Columns) or labels[task] not in data:
+            raise ValueError(
+                f"data.labelled hides labels of data in memory; there is no column {labels[task]!r} to hide"
+            )
+        try:
+            hidden = keep_labels(data[labels[task]], count, seed)
+        except ValueError as error:
+            raise ValueError(f"data.labelled.{task}: {error}") from None
+        data = data.replaced({labels[task]: hidden})
+    return data
 
 
 def _single(one: DataSet, cls: type, task: str | None) -> Any:
@@ -185,16 +217,16 @@ def _pair(pair: _Pair, task: str | None) -> DomainPair:
 def _many(many: _Many) -> MultiTask:
     sets = {task: DataSet.read(data, f"data.tasks.{task}") for task, data in many.tasks.items()}
     evaluation = {task: one.load_evaluation() for task, one in sets.items()}
-    first = next(iter(sets.values()))
-    for task, one in sets.items():
-        if (one.columns, one.augmentations()) != (first.columns, first.augmentations()):
-            raise ValueError(f"data.tasks.{task} must have the same columns and augmentations as the other tasks")
     return MultiTask(
-        {task: one.load() for task, one in sets.items()},
-        evaluation={task: data for task, data in evaluation.items() if data is not None} or None,
-        columns=first.columns,
-        augment=first.augmentations(),
+        {t: Source(dataset=one.load(), columns=one.columns, augment=one.augmentations()) for t, one in sets.items()},
+        evaluation={
+            task: Source(dataset=data, columns=sets[task].columns)
+            for task, data in evaluation.items()
+            if data is not None
+        }
+        or None,
         name=many.name,
+        mixing=many.mixing,
     )
 
 

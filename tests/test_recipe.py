@@ -79,6 +79,24 @@ def test_every_form_of_data_gives_its_scenario() -> None:
     assert len(alone.train_source.table) == 24
 
 
+def test_tasks_take_turns_and_labels_are_hidden() -> None:
+    turns = {"tasks": {"a": DATA, "b": {"name": "digits", "columns": {"labels": "labels"}}}}
+    many = build_scenario({**turns, "mixing": {"batches": "mixed", "weights": {"a": 1, "b": 3}}}, MultiTask)
+    assert many.mixing.shares({"a": 1, "b": 1}) == {"a": 0.25, "b": 0.75}
+    few = build_scenario({**DATA, "labels": {"a": "labels"}, "labelled": {"a": 10}}, MultiTask)
+    labels = few.train_source.table.labels("labels")
+    assert sorted(labels[labels >= 0].tolist()) == list(range(10))
+    assert len(labels) == 24
+    for section, message in (
+        ({**turns, "mixing": {"batches": "mixd"}}, "mixed"),
+        ({**turns, "mixing": {"weights": {"a": 1}}}, "no weight for task 'b'"),
+        ({**DATA, "labels": {"a": "labels"}, "labelled": {"b": 3}}, "'b' in data.labelled"),
+        ({**DATA, "labels": {"a": "labels"}, "labelled": {"a": 99}}, "data.labelled.a: of 24 labels 1 to 24"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_scenario(section, MultiTask)
+
+
 def test_the_wrong_form_names_the_right_one() -> None:
     with pytest.raises(ValueError, match=r"needs two domains \(data: \{source"):
         build_scenario(DATA, DomainPair)

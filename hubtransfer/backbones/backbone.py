@@ -41,6 +41,10 @@ class Features(NamedTuple):
     pooled: Tensor
     maps: dict[str, Tensor]
 
+    def rows(self, keep: slice) -> Features:
+        """Those of some examples."""
+        return Features(self.pooled[keep], {name: value[keep] for name, value in self.maps.items()})
+
 
 class Backbone(nn.Module):
     """A network without its classifier, from timm, transformers or plain torch.

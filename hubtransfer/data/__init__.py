@@ -3,6 +3,7 @@
 from hubtransfer.data.augment import Augment, MixUp
 from hubtransfer.data.batch import Batch, Streams
 from hubtransfer.data.loader import Loader
+from hubtransfer.data.mixing import Mixing, Mixture
 from hubtransfer.data.scenario import DataStream, DomainPair, MultiTask, SingleTask, TaskStream
 from hubtransfer.data.source import Source
 from hubtransfer.data.sources import Splits, data_source, data_sources, load_data
@@ -15,6 +16,8 @@ __all__ = [
     "DomainPair",
     "Loader",
     "MixUp",
+    "Mixing",
+    "Mixture",
     "MultiTask",
     "SingleTask",
     "Source",

@@ -187,6 +187,8 @@ class MixUp:
                 raise ValueError("MixUp does not know the number of classes here: give it num_classes")
             if int(labels.max()) >= self.num_classes:
                 raise ValueError(f"label {int(labels.max())} is out of range for num_classes = {self.num_classes}")
+            if int(labels.min()) < 0:
+                raise ValueError("MixUp cannot mix an example without a label: leave those out, or MixUp")
             labels = one_hot(labels, self.num_classes)
         partner = torch.arange(len(images)) ^ 1
         alone = partner >= len(images)

@@ -24,6 +24,8 @@ class Batch:
         origin: key of the unchanging data set that ``index`` points into. None when the inputs were augmented or
             streamed: then the same number may mean other inputs next time and nothing may be cached.
         size: number of examples of that data set, for caches that preallocate.
+        share: in a step that mixes tasks, the part of its examples that are here: the weight of their mean loss. None
+            for a batch that stands for itself.
         memo: values shared by this step's updates, see :meth:`once`.
     """
 
@@ -33,6 +35,7 @@ class Batch:
     task: str | None = None
     origin: str | None = None
     size: int | None = None
+    share: float | None = None
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from hubtransfer.data.seeds import seed_of
+from hubtransfer.functional.missing import MISSING_CLASS
 
 
 def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -66,3 +67,24 @@ def evenly(labels: Tensor, limit: int, seed: int) -> Tensor:
         tie[rows] = torch.rand(1, generator=generator)
     order = np.lexsort((tie.numpy(), turn.numpy()))
     return torch.from_numpy(np.sort(order[:limit]))
+
+
+def keep_labels(labels: Tensor, count: int, seed: int) -> Tensor:
+    """The same labels, all but ``count`` of them missing: of class numbers evenly many of each class stay.
+
+    Args:
+        labels: class numbers ``(n,)``, -100 where missing then; or real values ``(n, ...)``, NaN where missing then.
+        count: how many examples keep their label.
+        seed: of the choice.
+
+    Raises:
+        ValueError: there are not as many.
+    """
+    if not 1 <= count <= len(labels):
+        raise ValueError(f"of {len(labels)} labels 1 to {len(labels)} can be kept, not {count}")
+    real = labels.is_floating_point()
+    groups = torch.zeros(len(labels), dtype=torch.long) if real or labels.ndim > 1 else labels
+    kept = torch.full_like(labels, float("nan") if real else MISSING_CLASS)
+    rows = evenly(groups, count, seed)
+    kept[rows] = labels[rows]
+    return kept

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hubtransfer.data.batch import Batch, Streams
+from hubtransfer.data.mixing import Mixture, Span, Turns, turns_per_epoch
 from hubtransfer.data.reader import Processor, Reader, as_batch, fingerprint_of, reader_for
 from hubtransfer.data.seeds import seed_of
 from hubtransfer.data.source import Source, is_mapping_of_datasets
@@ -30,14 +31,15 @@ class Loader:
     examples, for evaluation).
 
     With several sources an epoch is one pass over the longest; shorter ones start over with a fresh random order in
-    the middle of a batch, so every stream of a step has the same number of examples.
+    the middle of a batch, so every stream of a step has the same number of examples. Sources that take turns (a
+    :class:`~hubtransfer.data.mixing.Mixture`) have full batches only, and a step has those streams whose turn it is.
 
     Processing happens once an example where the result fits into ``cache_limit``; augmentation comes after it and
     leaves what is kept untouched. Otherwise images are kept decoded, or read by ``workers`` processes. Streams of
     unknown length are read by at most one worker, in their own order.
 
     Args:
-        sources: a source, a mapping from names to sources, or a bare data set.
+        sources: a source, a mapping from names to sources, a mixture, or a bare data set.
         processor: turns images or texts into inputs; None: columns are the inputs.
         batch_size: examples a step and process. A data set smaller than the (global) batch gives one smaller batch.
         seed: of order and augmentation.
@@ -87,6 +89,10 @@ class Loader:
         sizes = [len(source.table) for source in self.sources.values() if not source.iterable]
         self.unbounded = len(sizes) < len(self.sources)
         self.length = max(sizes, default=0)
+        self.mixing = sources.mixing if isinstance(sources, Mixture) else None
+        if self.mixing is not None and self.unbounded:
+            endless = next(name for name, source in self.sources.items() if source.iterable)
+            raise ValueError(f"data sets that take turns must have a size; that of {endless!r} is a stream without one")
         if trim and not self.unbounded and self.length < world:
             raise ValueError(f"{self.length} examples cannot be split over {world} processes")
         self._position: dict[str, Any] = {}
@@ -101,6 +107,8 @@ class Loader:
         """Batches an epoch, or None when a source is a stream of unknown length."""
         if self.unbounded:
             return None
+        if self.mixing is not None:
+            return turns_per_epoch(self._sizes, self.global_batch)
         full, rest = divmod(self.length, self.global_batch)
         if self.trim:
             rest -= rest % self.world
@@ -115,6 +123,9 @@ class Loader:
         steps = self.steps_per_epoch
         if not 0 <= start <= (start if steps is None else steps):
             raise ValueError(f"batch {start} of an epoch that has {steps}")
+        if self.mixing is not None:
+            yield from self._in_turns(epoch, start)
+            return
         runs = [self._run(name, epoch, start) for name in self.sources]
         position = {name: self._position.get(name) for name in self.sources}
         self._position = {"epoch": epoch, "step": start, **{k: v for k, v in position.items() if v is not None}}
@@ -124,6 +135,28 @@ class Loader:
             self._position = {"epoch": epoch, "step": step, **states}
             streams: Streams = {name: self._place(batch) for name, (batch, _) in zip(self.sources, found)}
             yield streams[ONE] if self.single else streams
+
+    def _in_turns(self, epoch: int, start: int) -> Iterator[Streams]:
+        """Batches of a mixture: in each step of the sources whose turn it is."""
+        turns = self.turns(epoch)
+        runs = {name: self._run(name, epoch, start) for name in self.sources}
+        for step in range(start, turns.steps):
+            self._position = {"epoch": epoch, "step": step + 1}
+            present = [name for name in self.sources if turns.span(name, step, self.rank)]
+            yield {name: self._place(next(runs[name])[0]) for name in present}
+
+    def turns(self, epoch: int) -> Turns:
+        """Who has which step of an epoch, for a mixture."""
+        assert self.mixing is not None
+        if self._turns is None or self._turns.epoch != epoch:
+            self._turns = Turns(self.mixing, self._sizes, self.batch_size, self.world, self.seed, epoch)
+        return self._turns
+
+    _turns: Turns | None = None
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {name: len(source.table) for name, source in self.sources.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Where streams of unknown length stand after the last batch given; nothing else needs a state."""
@@ -151,8 +184,10 @@ class Loader:
             known = at.get(name) if (at.get("epoch"), at.get("step")) == (epoch, start) else None
             return stream.batches(epoch, start, known, self.workers)
         steps = self.steps_per_epoch
-        numbers = range(start, 2**62 if steps is None else steps)
-        if steps and numbers and self._share(self.bounds(steps - 1)) is None:
+        numbers: Sequence[int] = range(start, 2**62 if steps is None else steps)
+        if steps and numbers and self.mixing is not None:
+            numbers = [step for step in numbers if self.span(name, epoch, step)]
+        elif steps and numbers and self._share(self.bounds(steps - 1)) is None:
             numbers = numbers[:-1]  # without trimming the last processes may be left without examples
         fetch = _Fetch(self, name, epoch)
         if self.workers and fetch.reader.direct:
@@ -175,6 +210,14 @@ class Loader:
         share = count // self.world if self.trim else self.batch_size
         first, last = self.rank * share, min((self.rank + 1) * share, count)
         return (first, last) if first < last else None
+
+    def span(self, name: str, epoch: int, step: int) -> Span | None:
+        """Positions of a source's rows in a step; None if this process has none."""
+        if self.mixing is not None:
+            return self.turns(epoch).span(name, step, self.rank)
+        first, last = self.bounds(step)
+        share = self._share((first, last))
+        return None if share is None else Span(first, last, first + share[0], first + share[1])
 
     @property
     def _pinned(self) -> bool:
@@ -238,15 +281,18 @@ class _Fetch:
 
     def __getitem__(self, step: int) -> Batch:
         loader = self.loader
-        bounds = loader.bounds(step)
-        together = self.rows(*bounds)
-        first, last = loader._share(bounds) or (0, 0)
-        index = together[first:last]
+        span = loader.span(self.name, self.epoch, step)
+        assert span is not None, "only steps in which this process has examples are fetched"
+        together = self.rows(span.first, span.last)
+        offset = span.own_first - span.first
+        index = together[offset : span.own_last - span.first]
         seed = seed_of(loader.seed, "rows", self.name, self.epoch, step, loader.rank)
         values = self.reader.read(index, together, seed)
         facts = {"origin": self.origin, "size": self.size if self.origin else None}
         batch = as_batch(values, self.source, index, **facts)
-        return self.augment(batch, self.epoch, step, loader.global_batch, first)
+        if loader.mixing is not None and loader.mixing.batches == "mixed":
+            batch = batch.replace(share=len(index) / loader.batch_size)
+        return self.augment(batch, self.epoch, step, loader.global_batch, offset)
 
 
 class Augmented:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from hubtransfer.data.mixing import Mixing, Mixture
 from hubtransfer.data.source import Source, is_mapping_of_datasets
 
 Columns = Mapping[str, str | None] | None
@@ -135,14 +136,19 @@ class DomainPair:
 class MultiTask:
     """Several tasks that learn together, on their own data sets or on one with a label column a task.
 
+    An example may lack the label of a task: -100 or -1 for a class, NaN for a number, NaN or -1 among many labels, 255
+    or -100 for a pixel. It is masked in that task's loss and metrics, which are means over the examples (of one
+    process's batch) that have a label; the other tasks learn from it all the same.
+
     Args:
-        datasets: task -> training set, when every task has its own inputs.
+        datasets: task -> training set, when every task has its own inputs; a :class:`Source` keeps its own columns.
         train: the one training set, when tasks share inputs; then ``labels`` names each task's column.
         labels: task -> label column of ``train`` (and of ``evaluation``).
         evaluation: task -> evaluation set; with shared inputs one evaluation set.
         columns: renames for all of them, canonical name -> column.
         augment: augmentation of the training batches.
         name: for messages and tables.
+        mixing: how tasks with data sets of their own take turns; by default every step has a batch of each.
     """
 
     datasets: Mapping[str, Any] | None = None
@@ -152,6 +158,7 @@ class MultiTask:
     columns: Columns = None
     augment: Augmentation = None
     name: str | None = None
+    mixing: Mixing | None = None
 
     def __post_init__(self) -> None:
         if (self.datasets is None) == (self.train is None):
@@ -162,6 +169,11 @@ class MultiTask:
             raise ValueError("labels={task: column} goes with train=; with a data set a task use columns=")
         if self.datasets is not None and not _named_sets(self.datasets, ""):
             raise ValueError("MultiTask needs at least one task")
+        if self.mixing is not None and self.shared:
+            raise ValueError(
+                "mixing says how data sets take turns; tasks that share their inputs (train=...) learn from every "
+                "batch together: leave it out, or give each task its own data set"
+            )
         for source in self.train_sources.values():
             source.check()
         self.evaluations()
@@ -190,10 +202,11 @@ class MultiTask:
         """Training streams by task; the single stream ``train`` when tasks share their inputs."""
         if self.shared:
             return {"train": self.train_source}
-        return {
+        sources = {
             task: Source.of(data, columns=self.columns, task=task, augment=self.augment, name=task)
             for task, data in (self.datasets or {}).items()
         }
+        return sources if self.mixing is None else Mixture(sources, self.mixing)
 
     @cached_property
     def _evaluations(self) -> Evaluations:

@@ -42,6 +42,12 @@ class Columns(dict[str, Any]):
     classes: tuple[str, ...] = ()
     origin: str = ""
 
+    def replaced(self, changes: Mapping[str, Any]) -> Columns:
+        """A copy with other columns."""
+        made = Columns({**self, **changes})
+        made.classes, made.origin = self.classes, self.origin
+        return made
+
 
 @dataclass(frozen=True, eq=False)
 class Splits:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from hubtransfer.functional.missing import known_classes, known_flags, known_pixels, known_values
+
 LARGEST_CONFUSION = 256
 """Confusion matrices of more classes are not put into tables."""
 
@@ -48,16 +50,16 @@ def evaluates(kind: str) -> Callable[[Evaluator], Evaluator]:
 
 
 def evaluate_outputs(kind: str, logits: Tensor, labels: Tensor, names: Sequence[str] | None = None) -> Evaluation:
-    """Metrics and tables of a whole evaluation set.
+    """Metrics and tables of a whole evaluation set; labels that are missing count nowhere.
 
     Args:
-        kind: the head's kind: ``classification``, ``multilabel``, ``regression`` or ``dense``.
+        kind: the head's kind: ``classification``, ``multi_label``, ``regression`` or ``dense``.
         logits: the head's outputs, ``(examples, ...)``.
         labels: what they should be.
         names: names of the classes.
 
     Raises:
-        ValueError: unknown kind, no examples, or shapes that do not fit.
+        ValueError: unknown kind, no examples, no known label, or shapes that do not fit.
     """
     if kind not in _EVALUATORS:
         near = difflib.get_close_matches(str(kind), _EVALUATORS, n=1, cutoff=0.3)
@@ -77,13 +79,17 @@ def classification(logits: Tensor, labels: Tensor, names: Sequence[str] | None =
 
     Args:
         logits: ``(examples, classes)``.
-        labels: ``(examples,)`` class numbers, or ``(examples, classes)`` shares, of which the largest counts.
+        labels: ``(examples,)`` class numbers, -100 or -1 where missing, or ``(examples, classes)`` shares, of which
+            the largest counts.
         names: of the classes.
     """
     if logits.ndim != 2:
         raise ValueError(f"classification: outputs must be (examples, classes), not {tuple(logits.shape)}")
     classes = logits.shape[1]
     labels = _class_numbers(labels, logits)
+    known = _some(known_classes(labels), "classification: no example has a label")
+    logits, labels = logits[known], labels[known]
+    _check_range(labels, classes, "classification")
     counts = confusion_matrix(logits.argmax(1), labels, classes)
     bins = reliability(logits.double().softmax(1), labels)
     metrics = {"accuracy": accuracy(logits, labels)}
@@ -166,28 +172,34 @@ def calibration_error(bins: dict[str, list[float]]) -> float:
 # ---------------------------------------------------------------------------------------------------- multi-label
 
 
-@evaluates("multilabel")
-def multilabel(logits: Tensor, labels: Tensor, names: Sequence[str] | None = None) -> Evaluation:
+@evaluates("multi_label")
+def multi_label(logits: Tensor, labels: Tensor, names: Sequence[str] | None = None) -> Evaluation:
     """Any number of labels an example; a label is predicted where its logit is above 0.
 
     Args:
         logits: ``(examples, labels)``.
-        labels: ``(examples, labels)`` of 0 and 1.
+        labels: ``(examples, labels)`` of 0 and 1, NaN or -1 where missing. An example is matched exactly when all of
+            its known labels are.
         names: of the labels.
     """
     if logits.ndim != 2 or logits.shape != labels.shape:
-        raise ValueError(f"multilabel: outputs {tuple(logits.shape)} and labels {tuple(labels.shape)} differ in shape")
-    truth, predicted = labels > 0.5, logits > 0
+        raise ValueError(f"multi_label: outputs {tuple(logits.shape)} and labels {tuple(labels.shape)} differ in shape")
+    known = _some(known_flags(labels), "multi_label: no example has a label")
+    truth, predicted = labels > 0.5, (logits > 0) & known
     hits = (truth & predicted).sum(0).double()
     chosen, actual = predicted.sum(0).double(), truth.sum(0).double()
     f1 = 2 * hits / (chosen + actual).clamp(min=1)
-    precision = average_precision(logits, truth)
+    one_by_one = [
+        average_precision(logits[k, j, None], truth[k, j, None]) if k.any() else actual.new_zeros(1)
+        for j, k in enumerate(known.T)
+    ]
+    precision = average_precision(logits, truth) if known.all() else torch.cat(one_by_one)
     present = actual > 0
     metrics = {
         "mean_average_precision": precision[present].mean().item() if present.any() else 0.0,
         "micro_f1": (2 * hits.sum() / (chosen + actual).sum().clamp(min=1)).item(),
         "macro_f1": f1.mean().item(),
-        "exact_match": (truth == predicted).all(1).double().mean().item(),
+        "exact_match": (truth == predicted).all(1)[known.any(1)].double().mean().item(),
     }
     columns = {
         "precision": hits / chosen.clamp(min=1),
@@ -232,20 +244,22 @@ def regression(outputs: Tensor, labels: Tensor, names: Sequence[str] | None = No
 
     Args:
         outputs: ``(examples,)`` or ``(examples, outputs)``.
-        labels: the same number of values.
+        labels: the same number of values, NaN where missing.
         names: of the outputs.
     """
     if outputs.numel() != labels.numel():
         raise ValueError(f"regression: outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)} do not fit")
     predicted, wanted = outputs.double().reshape(len(outputs), -1), labels.double().reshape(len(labels), -1)
-    error = predicted - wanted
-    rest, spread = error.square().sum(0), (wanted - wanted.mean(0)).square().sum(0)
+    known = _some(known_values(wanted), "regression: no example has a label")
+    count, wanted = known.sum(0).clamp(min=1), wanted.masked_fill(~known, 0)
+    error, around = (predicted - wanted) * known, (wanted - wanted.sum(0) / count) * known
+    rest, spread = error.square().sum(0), around.square().sum(0)
     r2 = torch.where(spread > 0, 1 - rest / spread.clamp(min=1e-300), (rest == 0).double())
-    columns = {"r2": r2, "mae": error.abs().mean(0), "rmse": error.square().mean(0).sqrt()}
-    metrics = {name: value.mean().item() for name, value in columns.items()}
+    columns = {"r2": r2, "mae": error.abs().sum(0) / count, "rmse": (rest / count).sqrt()}
+    metrics = {name: value[known.any(0)].mean().item() for name, value in columns.items()}
     if wanted.shape[1] == 1:
         return Evaluation(metrics)
-    return Evaluation(metrics, {"per_class": _rows(columns, torch.full_like(r2, len(labels)), names)})
+    return Evaluation(metrics, {"per_class": _rows(columns, known.sum(0), names)})
 
 
 # ---------------------------------------------------------------------------------------------------------- dense
@@ -253,7 +267,7 @@ def regression(outputs: Tensor, labels: Tensor, names: Sequence[str] | None = No
 
 @evaluates("dense")
 def dense(logits: Tensor, labels: Tensor, names: Sequence[str] | None = None) -> Evaluation:
-    """One class a pixel; negative labels and 255 are left out.
+    """One class a pixel; pixels labelled 255, -100 or -1 are left out.
 
     ``IoU = TP / (TP + FP + FN)``, averaged over the classes that occur among labels or predictions.
 
@@ -267,9 +281,7 @@ def dense(logits: Tensor, labels: Tensor, names: Sequence[str] | None = None) ->
     predicted = logits if maps else logits.argmax(1)
     if predicted.shape != labels.shape:
         raise ValueError(f"dense: outputs {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit")
-    seen = (labels >= 0) & (labels != 255)
-    if not seen.any():
-        raise ValueError("dense: no pixel has a label")
+    seen = _some(known_pixels(labels), "dense: no pixel has a label")
     predicted, wanted = predicted[seen], labels[seen].long()
     classes = len(names) if names else int(max(predicted.max(), wanted.max())) + 1 if maps else logits.shape[1]
     _check_range(wanted, classes, "dense")
@@ -296,8 +308,13 @@ def _class_numbers(labels: Tensor, logits: Tensor) -> Tensor:
         labels = labels[:, 0]
     if labels.ndim != 1:
         raise ValueError(f"classification: labels must be (examples,), not {tuple(labels.shape)}")
-    _check_range(labels, logits.shape[1], "classification")
     return labels.long()
+
+
+def _some(known: Tensor, message: str) -> Tensor:
+    if not known.any():
+        raise ValueError(message)
+    return known
 
 
 def _check_range(labels: Tensor, classes: int, kind: str) -> None:

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
-from hubtransfer.data import Batch, MultiTask, Source
+from hubtransfer.data import Batch, Mixture, MultiTask, Source
 from hubtransfer.methods.update import AnyBatch, Terms
 from hubtransfer.models import TransferModel
 
@@ -27,7 +28,22 @@ def task_names(model: TransferModel, tasks: Sequence[str] | None, method: str) -
 
 
 def task_sources(scenario: MultiTask, tasks: Sequence[str], method: str) -> Source | Mapping[str, Source]:
-    """Returns the data of a stage: the one source with all labels, or one source a task.
+    """Returns the data of a stage whose every step sees every task: one source with all labels, or one a task.
+
+    Raises:
+        ValueError: if the scenario lacks a task, or its tasks take turns.
+    """
+    data = task_streams(scenario, tasks, method)
+    if isinstance(data, Mixture):
+        raise ValueError(
+            f"{method} weighs the tasks of one step against each other, but with mixing (batches: "
+            f"{data.mixing.batches}) a step does not see them all; leave it out: every step then has a batch of each"
+        )
+    return data
+
+
+def task_streams(scenario: MultiTask, tasks: Sequence[str], method: str) -> Source | Mapping[str, Source]:
+    """Returns the data of a stage: the one source with all labels, one a task, or sources that take turns.
 
     Raises:
         ValueError: if the scenario lacks a task.
@@ -38,7 +54,10 @@ def task_sources(scenario: MultiTask, tasks: Sequence[str], method: str) -> Sour
             f"{method} trains task {missing[0]!r}, for which the scenario has no data; it has {list(scenario.tasks)}. "
             "Add it to MultiTask, or name the tasks to train with tasks=[...]."
         )
-    return scenario.train_source if scenario.shared else {t: scenario.train_sources[t] for t in tasks}
+    if scenario.shared:
+        return scenario.train_source
+    sources = scenario.train_sources
+    return sources.only(tasks) if isinstance(sources, Mixture) else {t: sources[t] for t in tasks}
 
 
 def shared_and_own(model: TransferModel, tasks: Sequence[str]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -54,10 +73,14 @@ def task_losses(model: TransferModel, tasks: Sequence[str], batch: AnyBatch) -> 
     Args:
         model: The model.
         tasks: Which of its tasks.
-        batch: One batch with labels by task (the trunk then runs once, unless tasks have patches), or a batch a task.
+        batch: One batch with labels by task (the trunk then runs once, unless tasks have patches), or a batch a task;
+            where tasks take turns, of those whose turn it is: the others have no term, or, in steps that mix tasks, a
+            loss of zero, and the terms add up to the mean over the step's examples.
     """
     if not isinstance(batch, Batch):
-        return {t: model(**batch[t].inputs, labels=batch[t].labels, task=t).loss for t in tasks}
+        if any(batch[t].share is not None for t in batch):
+            return _mixed(model, tasks, batch)
+        return {t: model(**batch[t].inputs, labels=batch[t].labels, task=t).loss for t in tasks if t in batch}
     labels = batch.labels
     assert isinstance(labels, dict), "tasks that share inputs need labels by task"
     if any(task in model.patches for task in tasks):
@@ -65,3 +88,24 @@ def task_losses(model: TransferModel, tasks: Sequence[str], batch: AnyBatch) -> 
     layers = dict.fromkeys(layer for task in tasks for layer in model.layers_for(task))
     features = model.features(batch.inputs, layers=tuple(layers), task=tasks[0])
     return {t: model.loss(model.logits(features, t, inputs=batch.inputs), labels[t], t) for t in tasks}
+
+
+def _mixed(model: TransferModel, tasks: Sequence[str], streams: Mapping[str, Batch]) -> Terms:
+    """Each task's part of the mean loss over a step's examples, n_t / n L_t; tasks without a patch share one pass."""
+    passes: dict[object, list[str]] = {}
+    for task, batch in streams.items():
+        shapes = tuple((name, value.dtype, value.shape[1:]) for name, value in batch.inputs.items())
+        passes.setdefault(task if task in model.patches else shapes, []).append(task)
+    terms: Terms = {}
+    for names in passes.values():
+        inputs = {key: torch.cat([streams[t].inputs[key] for t in names]) for key in streams[names[0]].inputs}
+        layers = dict.fromkeys(layer for t in names for layer in model.layers_for(t))
+        features, start = model.features(inputs, layers=tuple(layers), task=names[0]), 0
+        for t in names:
+            own = features.rows(slice(start, start + len(streams[t])))
+            labels, share = streams[t].labels, streams[t].share
+            assert isinstance(labels, torch.Tensor) and share is not None
+            terms[t] = share * model.loss(model.logits(own, t, inputs=streams[t].inputs), labels, t)
+            start += len(streams[t])
+    nothing = 0 * next(iter(terms.values()))  # the same terms on every process, whoever has examples of which task
+    return {t: terms.get(t, nothing) for t in tasks}

@@ -16,14 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hubtransfer.backbones import Backbone, Features, LayerInfo
+from hubtransfer.functional.missing import (
+    MISSING_CLASS,
+    VOID_PIXEL,
+    known_classes,
+    known_flags,
+    known_pixels,
+    known_values,
+)
 from hubtransfer.models.labels import outside, refuse, require_integers, require_shape
 
 Inputs = Tensor | Mapping[str, Tensor]
-
-MISSING_CLASS = -100
-"""Class index of an example without a label (torch's default `ignore_index`)."""
-VOID_PIXEL = 255
-"""Class index of a pixel that counts nowhere."""
 
 
 class LinearHead(nn.Linear):
@@ -97,6 +100,11 @@ class HeadConfig(ABC):
     def check(self, labels: Tensor) -> None:
         """Raises ValueError unless every label can be learned; the message holds the offending value."""
 
+    @staticmethod
+    @abstractmethod
+    def known(labels: Tensor) -> Tensor:
+        """Says which labels are known, true or false for each; the others are masked in loss and metrics."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.width, int) or self.width < 1:
             raise ValueError(f"{type(self).__name__} needs at least one output, got {self.width!r}")
@@ -151,6 +159,7 @@ class ClassificationHead(HeadConfig):
     """
 
     kind: ClassVar[str] = "classification"
+    known = staticmethod(known_classes)
     num_classes: int
     _: KW_ONLY
     labels: tuple[str, ...] | None = None  # type: ignore[misc]
@@ -173,7 +182,7 @@ class ClassificationHead(HeadConfig):
 
         Args:
             logits: (b, c).
-            labels: Class indices (b,), -100 where there is none, or probabilities (b, c) (MixUp).
+            labels: Class indices (b,), -100 or -1 where there is none, or probabilities (b, c) (MixUp).
 
         Raises:
             ValueError: if the labels have another shape or type, or (on the CPU) lie outside the classes.
@@ -181,13 +190,14 @@ class ClassificationHead(HeadConfig):
         self._check_form(labels, len(logits))
         if labels.is_floating_point():
             return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        labels = labels.long()
+        known = known_classes(labels)
+        labels = labels.long().masked_fill(~known, MISSING_CLASS)
         try:
             total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
         except IndexError:  # a class that does not exist; `check` finds it and says which
             self.check(labels)
             raise
-        return total / (labels != MISSING_CLASS).sum().clamp(min=1)
+        return total / known.sum().clamp(min=1)
 
     def check(self, labels: Tensor) -> None:
         """Checks class indices (n,) or probabilities (n, c)."""
@@ -195,7 +205,7 @@ class ClassificationHead(HeadConfig):
         if labels.is_floating_point():
             refuse(~(labels >= 0), labels, "class probabilities must not be negative or NaN")
             return
-        bad = ((labels < 0) | (labels >= self.num_classes)) & (labels != MISSING_CLASS)
+        bad = ((labels < 0) | (labels >= self.num_classes)) & known_classes(labels)
         refuse(bad, labels, outside(self.num_classes, MISSING_CLASS))
 
     def _check_form(self, labels: Tensor, batch: int | None) -> None:
@@ -223,6 +233,7 @@ class MultiLabelHead(HeadConfig):
     """
 
     kind: ClassVar[str] = "multi_label"
+    known = staticmethod(known_flags)
     num_labels: int
     _: KW_ONLY
     labels: tuple[str, ...] | None = None  # type: ignore[misc]
@@ -243,7 +254,7 @@ class MultiLabelHead(HeadConfig):
         if labels.device.type == "cpu":
             self.check(labels, len(logits))
         labels = labels.to(logits.dtype)
-        known = labels >= 0  # false for NaN too
+        known = known_flags(labels)
         losses = F.binary_cross_entropy_with_logits(
             logits, labels.masked_fill(~known, 0), weight=known.to(logits.dtype), reduction="sum"
         )
@@ -270,6 +281,7 @@ class RegressionHead(HeadConfig):
     """
 
     kind: ClassVar[str] = "regression"
+    known = staticmethod(known_values)
     num_outputs: int = 1
     _: KW_ONLY
     labels: tuple[str, ...] | None = None  # type: ignore[misc]
@@ -289,9 +301,9 @@ class RegressionHead(HeadConfig):
         """
         self._check_form(labels, len(logits))
         labels = labels.to(logits.dtype).reshape(logits.shape)
-        unknown = labels.isnan()
-        errors = (logits - labels.masked_fill(unknown, 0)) * ~unknown
-        return errors.square().sum() / (~unknown).sum().clamp(min=1)
+        known = known_values(labels)
+        errors = (logits - labels.masked_fill(~known, 0)) * known
+        return errors.square().sum() / known.sum().clamp(min=1)
 
     def check(self, labels: Tensor) -> None:
         """Checks targets (n,) or (n, num_outputs): finite, or NaN where unknown."""
@@ -310,7 +322,7 @@ class RegressionHead(HeadConfig):
 class DenseHead(HeadConfig):
     """One class a pixel: cross-entropy of a 1x1 convolution on the deepest map, enlarged to the size of the input.
 
-    Patch tokens are folded to a grid without the prefix tokens. A pixel labelled 255 counts nowhere.
+    Patch tokens are folded to a grid without the prefix tokens. A pixel labelled 255, -100 or -1 counts nowhere.
 
     Attributes:
         num_classes: Number of classes.
@@ -319,6 +331,7 @@ class DenseHead(HeadConfig):
     """
 
     kind: ClassVar[str] = "dense"
+    known = staticmethod(known_pixels)
     num_classes: int
     _: KW_ONLY
     labels: tuple[str, ...] | None = None  # type: ignore[misc]
@@ -364,19 +377,20 @@ class DenseHead(HeadConfig):
         """
         require_integers(labels, f"{self.num_classes} classes")
         require_shape(labels, (len(logits), *logits.shape[-2:]), "one class index a pixel of the input")
-        labels = labels.long()
+        known = known_pixels(labels)
+        labels = labels.long().masked_fill(~known, MISSING_CLASS)
         try:
-            total = F.cross_entropy(logits, labels, ignore_index=VOID_PIXEL, reduction="sum")
+            total = F.cross_entropy(logits, labels, reduction="sum")
         except (IndexError, RuntimeError):
             self.check(labels)
             raise
-        return total / (labels != VOID_PIXEL).sum().clamp(min=1)
+        return total / known.sum().clamp(min=1)
 
     def check(self, labels: Tensor) -> None:
         """Checks class indices (n, h, w)."""
         require_integers(labels, f"{self.num_classes} classes")
         require_shape(labels, (None, None, None), "one class index a pixel of the input")
-        bad = ((labels < 0) | (labels >= self.num_classes)) & (labels != VOID_PIXEL)
+        bad = ((labels < 0) | (labels >= self.num_classes)) & known_pixels(labels)
         refuse(bad, labels, outside(self.num_classes, VOID_PIXEL))
 
     def _deepest(self, backbone: Backbone) -> LayerInfo:

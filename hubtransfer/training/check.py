@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hubtransfer.data import Loader, Source
+from hubtransfer.data import Loader, MultiTask, Source
 from hubtransfer.methods.method import Method
 
 
@@ -25,17 +25,20 @@ def check_scenario(method: Method, scenario: Any) -> None:
 def check_data(method: Method, scenario: Any) -> None:
     """Checks every data set of a scenario: columns, size, labels against heads, one example through the trunk.
 
+    Labels may be missing, but not all of a task in data that several tasks learn from or that are evaluated.
+
     Raises:
         ValueError: naming the data set, what is wrong, and the remedy.
     """
+    evaluated = {id(source) for source, _ in scenario.evaluations().values()}
     for name, source in scenario.sources().items():
         source.check()
         if not source.iterable:
-            _check_labels(method, name, source)
+            _check_labels(method, name, source, id(source) in evaluated or isinstance(scenario, MultiTask))
             _check_inputs(method, name, source)
 
 
-def _check_labels(method: Method, name: str, source: Source) -> None:
+def _check_labels(method: Method, name: str, source: Source, needed: bool) -> None:
     columns = source.fields.labels
     if columns is None:
         return
@@ -49,6 +52,11 @@ def _check_labels(method: Method, name: str, source: Source) -> None:
             spec.head.check(labels)
         except ValueError as error:
             raise ValueError(f"{type(method).__name__}: labels of {name!r} for task {task!r}: {error}") from error
+        if needed and not spec.head.known(labels).any():
+            raise ValueError(
+                f"{type(method).__name__}: no example of {name!r} has a label for task {task!r} (column {column!r}); "
+                "label some, or leave the task out"
+            )
 
 
 @torch.no_grad()

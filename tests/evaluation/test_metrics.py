@@ -8,6 +8,8 @@ from sklearn import metrics as sk
 from hubtransfer.evaluation import evaluate_outputs, evaluates, mean_interval
 from hubtransfer.evaluation.metrics import average_precision, calibration_error, reliability, top_k_accuracy
 
+NAN = math.nan
+
 
 @pytest.fixture
 def outputs():
@@ -88,7 +90,7 @@ def test_multilabel_against_scikit_learn(ties):
     logits = torch.randn(120, 4, generator=generator) + truth.float()
     if ties:
         logits = logits.round()
-    found = evaluate_outputs("multilabel", logits, truth.float())
+    found = evaluate_outputs("multi_label", logits, truth.float())
     wanted, predicted = truth.numpy(), (logits > 0).numpy()
     assert found.metrics["micro_f1"] == pytest.approx(sk.f1_score(wanted, predicted, average="micro"))
     assert found.metrics["macro_f1"] == pytest.approx(sk.f1_score(wanted, predicted, average="macro"))
@@ -144,14 +146,52 @@ def test_dense_against_scikit_learn():
 
 
 @pytest.mark.parametrize(
+    ("kind", "missing"), [("classification", -100), ("classification", -1), ("regression", NAN), ("multi_label", NAN)]
+)
+def test_examples_without_a_label_count_nowhere(kind, missing):
+    generator = torch.Generator().manual_seed(11)
+    logits = torch.randn(40, 3, generator=generator)
+    labels = {
+        "classification": torch.randint(0, 3, (40,), generator=generator),
+        "regression": torch.randn(40, 3, generator=generator),
+        "multi_label": (torch.rand(40, 3, generator=generator) < 0.4).float(),
+    }[kind]
+    kept = evaluate_outputs(kind, logits[:25], labels[:25])
+    masked = labels.clone()
+    masked[25:] = missing
+    found = evaluate_outputs(kind, logits, masked)
+    assert found.metrics == pytest.approx(kept.metrics)
+    for one, two in zip(found.tables["per_class"], kept.tables["per_class"]):
+        assert one == pytest.approx(two)
+
+
+def test_values_missing_one_by_one():
+    # output 0: errors 1 and 3 of two known values, output 1: 2 of one, output 2 has none and counts nowhere
+    labels = torch.tensor([[0.0, 1.0, NAN], [4.0, NAN, NAN]])
+    outputs = torch.tensor([[1.0, 3.0, 9.0], [1.0, 7.0, 9.0]])
+    found = evaluate_outputs("regression", outputs, labels)
+    assert found.metrics["mae"] == pytest.approx((2 + 2) / 2)
+    assert found.metrics["rmse"] == pytest.approx((5**0.5 + 2) / 2)
+    assert [row["support"] for row in found.tables["per_class"]] == [2, 1, 0]
+    # label 0: hit, hit; label 1: one miss of one known; label 2 unknown everywhere. One of two examples matches.
+    found = evaluate_outputs("multi_label", torch.ones(2, 3), torch.tensor([[1.0, 0.0, -1.0], [1.0, NAN, NAN]]))
+    assert found.metrics["exact_match"] == 0.5
+    assert found.metrics["micro_f1"] == pytest.approx(2 * 2 / (3 + 2))
+    assert found.metrics["mean_average_precision"] == 1.0  # of label 0 alone: the others are never true
+
+
+@pytest.mark.parametrize(
     ("kind", "logits", "labels", "message"),
     [
+        ("classification", torch.zeros(2, 3), torch.tensor([-1, -100]), "no example has a label"),
+        ("regression", torch.zeros(2, 1), torch.full((2,), NAN), "no example has a label"),
+        ("multi_label", torch.zeros(2, 3), torch.full((2, 3), -1.0), "no example has a label"),
         ("clasification", torch.zeros(2, 3), torch.zeros(2), "did you mean 'classification'"),
         ("classification", torch.zeros(2, 3), torch.tensor([0, 3]), "labels run from 0 to 3, but there are 3"),
         ("classification", torch.zeros(2, 3), torch.zeros(3), "2 outputs and 3 labels"),
         ("classification", torch.zeros(0, 3), torch.zeros(0), "0 outputs"),
         ("classification", torch.zeros(2, 3, 1), torch.zeros(2), "(examples, classes)"),
-        ("multilabel", torch.zeros(2, 3), torch.zeros(2, 4), "differ in shape"),
+        ("multi_label", torch.zeros(2, 3), torch.zeros(2, 4), "differ in shape"),
         ("regression", torch.zeros(2, 3), torch.zeros(2, 1), "do not fit"),
         ("dense", torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), -100), "no pixel has a label"),
         ("dense", torch.zeros(1, 3, 2, 2), torch.full((1, 2, 3), 0), "do not fit"),

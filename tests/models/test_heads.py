@@ -33,6 +33,7 @@ def test_classification_by_hand():
 
 def test_a_missing_class_counts_nowhere():
     assert model_loss([[math.log(3), 0.0], [5.0, 1.0]], [0, -100]) == pytest.approx(math.log(4 / 3), abs=1e-6)
+    assert model_loss([[math.log(3), 0.0], [5.0, 1.0]], [0, -1]) == pytest.approx(math.log(4 / 3), abs=1e-6)
     assert model_loss([[1.0, 0.0]], [-100]) == 0.0
 
 
@@ -71,6 +72,7 @@ def test_regression_by_hand():
         (MultiLabelHead(2), [[1.0, NAN], [-1.0, 0.0]]),
         (RegressionHead(2), [[1.0, NAN], [NAN, 0.0]]),
         (ClassificationHead(2), [1, -100]),
+        (ClassificationHead(2), [1, -1]),
     ],
 )
 def test_missing_labels_have_no_gradient(head, labels):
@@ -79,6 +81,25 @@ def test_missing_labels_have_no_gradient(head, labels):
     head.loss(logits, labels).backward()
     missing = labels.isnan() | (labels == -1) if labels.dim() == 2 else torch.tensor([[False, False], [True, True]])
     assert torch.equal(logits.grad == 0, missing)
+
+
+@pytest.mark.parametrize(
+    ("head", "shape", "markers"),
+    [
+        (ClassificationHead(3), (2, 3), [-100, -1]),
+        (MultiLabelHead(3), (2, 3), [[NAN, -1.0, NAN], [-1.0, -1.0, NAN]]),
+        (RegressionHead(3), (2, 3), [[NAN] * 3] * 2),
+        (DenseHead(3), (2, 3, 1, 2), [[[255, -100]], [[-1, 255]]]),
+    ],
+)
+def test_a_batch_without_a_label_has_a_loss_of_zero_that_can_be_descended(head, shape, markers):
+    logits, labels = torch.randn(shape, requires_grad=True), torch.tensor(markers)
+    head.check(labels)
+    assert not head.known(labels).any()
+    loss = head.loss(logits, labels)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert torch.equal(logits.grad, torch.zeros(shape))
 
 
 def test_dense_by_hand():
@@ -135,7 +156,7 @@ def test_no_head_gives_the_pooled_features():
 
 WRONG = [
     (ClassificationHead(3), [0, 7], r"task 'task'.*3 classes.*0\.\.2.*got 7 at position 1"),
-    (ClassificationHead(3), [0, -1], r"task 'task'.*3 classes.*got -1 at position 1"),
+    (ClassificationHead(3), [0, -2], r"task 'task'.*3 classes.*got -2 at position 1"),
     (ClassificationHead(3), [[0], [1]], r"task 'task'.*shape \(2\).*\(2, 1\)"),
     (ClassificationHead(3), [0.0, 1.0], r"task 'task'.*probabilities of 3 classes"),
     (ClassificationHead(3), [True, False], r"task 'task'.*integers, got bool"),
