@@ -19,14 +19,24 @@ if TYPE_CHECKING:
     from hubtransfer.data import (
         Augment as Augment,
         Batch as Batch,
+        ClassBalanced as ClassBalanced,
         DataStream as DataStream,
         DomainPair as DomainPair,
+        GradientBased as GradientBased,
+        Herding as Herding,
         Mixing as Mixing,
         MixUp as MixUp,
         MultiTask as MultiTask,
+        Reservoir as Reservoir,
+        Ring as Ring,
         SingleTask as SingleTask,
         TaskStream as TaskStream,
+        blurred_stream as blurred_stream,
+        domain_tasks as domain_tasks,
         load_data as load_data,
+        permuted_tasks as permuted_tasks,
+        rotated_tasks as rotated_tasks,
+        split_tasks as split_tasks,
     )
     from hubtransfer.methods import Method as Method, OptimizerConfig as OptimizerConfig
     from hubtransfer.methods.finetuning import FineTune as FineTune
@@ -53,7 +63,9 @@ __version__ = "0.1.0"
 # The same names as above, for the interpreter (tests/test_import.py holds the two together).
 _HOME = {
     "hubtransfer.backbones": "Backbone Features",
-    "hubtransfer.data": "Augment Batch DataStream DomainPair Mixing MixUp MultiTask SingleTask TaskStream load_data",
+    "hubtransfer.data": "Augment Batch ClassBalanced DataStream DomainPair GradientBased Herding Mixing MixUp "
+    "MultiTask Reservoir Ring SingleTask TaskStream blurred_stream domain_tasks load_data permuted_tasks "
+    "rotated_tasks split_tasks",
     "hubtransfer.methods": "Method OptimizerConfig",
     "hubtransfer.methods.finetuning": "FineTune",
     "hubtransfer.models": "ClassificationHead DenseHead MultiLabelHead RegressionHead Teacher TransferModel "

@@ -34,6 +34,10 @@ class Processor(ABC):
     def __call__(self, raw: Any) -> dict[str, Tensor]:
         """Process a batch."""
 
+    def is_elementwise(self, raw: Tensor) -> bool:
+        """Whether each value of `raw` becomes one value: then processing again costs no more than keeping results."""
+        return False
+
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """JSON facts; a tokenizer is not among them (see `save`)."""
@@ -156,6 +160,13 @@ class ImageProcessor(Processor):
         order = torch.tensor([i for rows in by_shape.values() for i in rows])
         return {"pixel_values": torch.cat(parts)[order.argsort()]}
 
+    def is_elementwise(self, raw: Tensor) -> bool:
+        """Whether images have the right size already, so that they are only scaled."""
+        if raw.is_floating_point():
+            return True
+        height, width = _as_batch(raw).shape[-2:]
+        return not self.resize or ((height, width) == self.size and self.crop_pct == 1)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON facts."""
         facts = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -192,10 +203,14 @@ class ImageProcessor(Processor):
             raise ValueError(f"Images with {images.shape[1]} channels, but the backbone takes {channels}.")
         if self.resize:
             images = self._fitted(images)
-        scale = torch.tensor(self.rescale, device=images.device) / torch.tensor(self.std, device=images.device)
-        shift = torch.tensor(self.mean, device=images.device) / torch.tensor(self.std, device=images.device)
-        # Greyscale becomes as many equal channels as there are means, by broadcasting.
-        return images.float() * scale[:, None, None] - shift[:, None, None]
+        std = torch.tensor(self.std, device=images.device)
+        scale, scaled = torch.tensor(self.rescale, device=images.device) / std, images.float()
+        # Greyscale becomes as many equal channels as there are means, by broadcasting; else in place, it is our own.
+        in_place = images.shape[1] == channels and not images.is_floating_point()
+        scaled = scaled.mul_(scale[:, None, None]) if in_place else scaled * scale[:, None, None]
+        if any(self.mean):
+            scaled -= (torch.tensor(self.mean, device=images.device) / std)[:, None, None]
+        return scaled
 
     def _fitted(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -314,12 +329,17 @@ class TensorProcessor(Processor):
         """
         if isinstance(raw, (list, tuple)) and raw and isinstance(raw[0], Tensor):
             raw = torch.stack(list(raw))
-        tensor = (
-            raw if isinstance(raw, Tensor) and raw.is_floating_point() else torch.as_tensor(np.asarray(raw)).float()
-        )
-        if self.mean or self.std != 1.0:
-            tensor = (tensor - self.mean) / self.std
+        own = not (isinstance(raw, Tensor) and raw.is_floating_point())
+        tensor = torch.as_tensor(raw if isinstance(raw, Tensor) else np.asarray(raw)).float() if own else raw
+        if self.mean:
+            tensor = tensor - self.mean
+        if self.std != 1.0:
+            tensor = tensor / self.std
         return {"pixel_values": tensor}
+
+    def is_elementwise(self, raw: Tensor) -> bool:
+        """Always."""
+        return True
 
     def to_dict(self) -> dict[str, Any]:
         """JSON facts."""

@@ -26,6 +26,8 @@ class Batch:
         size: number of examples of that data set, for caches that preallocate.
         share: in a step that mixes tasks, the part of its examples that are here: the weight of their mean loss. None
             for a batch that stands for itself.
+        raw: gives the inputs before processing, such as uint8 pixels, for memories; None when they are gone, or were
+            augmented since.
         memo: values shared by this step's updates, see :meth:`once`.
     """
 
@@ -36,6 +38,7 @@ class Batch:
     origin: str | None = None
     size: int | None = None
     share: float | None = None
+    raw: Callable[[], dict[str, Tensor]] | None = field(default=None, repr=False)
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -48,7 +51,12 @@ class Batch:
         return self.memo[key]
 
     def replace(self, **changes: Any) -> Batch:
-        """A copy with other fields; its memo starts empty, for what was computed came from the old fields."""
+        """A copy with other fields; its memo starts empty, for what was computed came from the old fields.
+
+        With other inputs, `raw` is gone unless it is given too.
+        """
+        if "inputs" in changes:
+            changes.setdefault("raw", None)
         return replace(self, memo={}, **changes)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -67,16 +75,19 @@ class Batch:
         found = {value.device for value in [*self.inputs.values(), *labels] if value is not None}
         if all(one.type == device.type and device.index in (None, one.index) for one in found):
             return self
-        return self.map(lambda value: value.to(device, non_blocking=non_blocking))
+        return self.map(lambda value: value.to(device, non_blocking=non_blocking)).replace(raw=self.raw)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, from which copies to a GPU overlap with its work."""
-        return self.map(lambda value: value.pin_memory())
+        return self.map(lambda value: value.pin_memory()).replace(raw=self.raw)
 
     def rows(self, keep: Tensor) -> Batch:
         """The examples that ``keep`` selects, by boolean mask ``(batch,)`` or positions ``(count,)``."""
-        chosen = self.map(lambda value: value[keep.to(value.device)])
-        return chosen.replace(index=None if self.index is None else self.index[keep.cpu()])
+        raw = self.raw
+        return self.map(lambda value: value[keep.to(value.device)]).replace(
+            index=None if self.index is None else self.index[keep.cpu()],
+            raw=None if raw is None else lambda: {name: value[keep.cpu()] for name, value in raw().items()},
+        )
 
 
 Streams = dict[str, Batch]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -265,6 +265,7 @@ class _Fetch:
         self.augment = Augmented(self.source, loader.seed, name)
         kept = self.source.table.fixed and not self.source.augment
         self.origin = fingerprint_of(self.source, loader.processor) if kept else None
+        self.offers_raw = kept and self.reader.gives_unprocessed and not loader.workers
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows at positions ``[first, last)`` of the endless row of passes over the data set."""
@@ -288,7 +289,9 @@ class _Fetch:
         index = together[offset : span.own_last - span.first]
         seed = seed_of(loader.seed, "rows", self.name, self.epoch, step, loader.rank)
         values = self.reader.read(index, together, seed)
-        facts = {"origin": self.origin, "size": self.size if self.origin else None}
+        facts: dict[str, Any] = {"origin": self.origin, "size": self.size if self.origin else None}
+        if self.offers_raw:
+            facts["raw"] = partial(self.reader.unprocessed, index)
         batch = as_batch(values, self.source, index, **facts)
         if loader.mixing is not None and loader.mixing.batches == "mixed":
             batch = batch.replace(share=len(index) / loader.batch_size)

@@ -178,7 +178,7 @@ class Reader:
         if self._is_text:
             self._tokenise(limit)
             return
-        self._ready = device.type == "cpu" and self._passes_through()
+        self._ready = device.type == "cpu" and (self._passes_through() or self._only_scales())
         if self._ready:
             return
         cache = RowCache(size, self._read, limit, device)
@@ -207,6 +207,29 @@ class Reader:
         raw = {name: self.table.values[name][:1] for name in self.fields.columns}
         addresses = {value.data_ptr() for value in raw.values() if isinstance(value, Tensor)}
         return all(v.data_ptr() in addresses for v in process(raw, self.fields, self.processor, "").values())
+
+    def _only_scales(self) -> bool:
+        """Whether rows are in memory and processing is cheaper than to keep the result, which is four times as large.
+
+        Views, such as a permutation of pixels for each of twenty tasks, then cost no memory at all.
+        """
+        if not self.table.in_memory:
+            return False
+        values = self.table.gather(torch.zeros(1, dtype=torch.long), self.fields.columns)
+        check = getattr(self.processor, "is_elementwise", lambda raw: self.processor is None)
+        inputs = [values[column] for column in self.fields.inputs.values()]
+        return all(isinstance(v, Tensor) for v in values.values()) and all(check(value) for value in inputs)
+
+    def unprocessed(self, index: Tensor) -> dict[str, Tensor]:
+        """Inputs before processing, from a table in memory."""
+        found = self.table.gather(index, list(self.fields.inputs.values()))
+        named = {name: found[column] for name, column in self.fields.inputs.items()}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    @property
+    def gives_unprocessed(self) -> bool:
+        """Whether `unprocessed` can give anything."""
+        return self.table.in_memory and not self._is_text
 
     def _tokenise(self, limit: int) -> None:
         """Tokenise everything at once: padding is to the longest text, batches are cut to theirs."""

@@ -35,10 +35,12 @@ class Table(ABC):
         fixed: whether a row always holds the same values. False when somebody's own code computes them at each
             reading (a torch data set, a ``datasets`` transform): it may be random, so nothing is kept. A torch data
             set that has an attribute ``fixed = True`` promises that it is not.
+        in_memory: whether reading a row costs no more than copying it.
     """
 
     columns: tuple[str, ...]
     fixed: bool = True
+    in_memory: bool = False
 
     @staticmethod
     def of(dataset: Dataset, where: str = "data set") -> Table:
@@ -101,6 +103,8 @@ class Table(ABC):
 
 class ArrayTable(Table):
     """Columns that are in memory already."""
+
+    in_memory = True
 
     def __init__(self, data: Mapping[str, Any], where: str = "data set"):
         self.values: dict[str, Values] = {str(name): as_values(value) for name, value in data.items()}

@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hubtransfer.data.processes import everywhere
+
+__all__ = ["EmbeddingBank", "everywhere"]
+
 
 class EmbeddingBank(nn.Module):
     """Moving averages of teacher's and student's embeddings, saved and resumed with the method.
@@ -79,13 +83,3 @@ class EmbeddingBank(nn.Module):
                 setattr(self, name, own.new_empty(saved.shape))
         self._sorted = None
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def everywhere(tensor: Tensor) -> Tensor:
-    """Returns the rows of all processes, which have equally many."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return tensor
-    found = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(found, tensor.contiguous())
-    return torch.cat(found)

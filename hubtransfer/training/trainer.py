@@ -13,7 +13,7 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
-from hubtransfer.data import Loader
+from hubtransfer.data import Loader, Memory
 from hubtransfer.methods.method import Method
 from hubtransfer.methods.stage import Stage
 from hubtransfer.methods.update import AnyBatch, Terms
@@ -105,6 +105,9 @@ class Trainer:
         """
         began = time.monotonic()
         set_seed(self.arguments.seed, device_specific=True)
+        for module in self.method.modules():
+            if isinstance(module, Memory):
+                module.set_seed(self.arguments.seed)
         check_data(self.method, self.scenario)
         self.state.load(resume or self.arguments.resume)
         result = None

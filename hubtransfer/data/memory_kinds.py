@@ -1,0 +1,268 @@
+"""Kinds of memories: which examples of a stream are kept.
+
+    >>> import torch
+    >>> from hubtransfer.data import Batch
+    >>> memory = Reservoir(2).build()
+    >>> memory.add(Batch(inputs={"pixel_values": torch.zeros(5, 3)}, labels=torch.arange(5)))
+    >>> len(memory), memory.seen
+    (2, 5)
+
+In a recipe: `memory: {kind: reservoir, size: 200}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hubtransfer.data.memory import Memory, MemoryConfig, Processor
+
+
+@dataclass(frozen=True)
+class Reservoir(MemoryConfig):
+    """Every example of the stream so far is kept with equal probability size / seen.
+
+    Source: https://doi.org/10.1145/3147.3165, algorithm R.
+    """
+
+    kind: ClassVar[str] = "reservoir"
+
+    def build(self, processor: Processor | None = None) -> Memory:
+        """Makes the memory."""
+        return _Reservoir(self, processor)
+
+
+@dataclass(frozen=True)
+class Ring(MemoryConfig):
+    """The most recent examples of each task (or class), as many of each.
+
+    Attributes:
+        per: What the memory is divided among: "task" or "class".
+        groups: How many of them there will be; by default the share of each shrinks as more come.
+    """
+
+    kind: ClassVar[str] = "ring"
+    per: Literal["task", "class"] = "task"
+    groups: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            ValueError: naming the field and what it may be.
+        """
+        super().__post_init__()
+        if self.per not in ("task", "class"):
+            raise ValueError(f"per must be 'task' or 'class', got {self.per!r}")
+        if self.groups is not None and not 1 <= self.groups <= self.size:
+            raise ValueError(f"{self.size} examples cannot be divided among {self.groups} groups, at least one each")
+
+    def build(self, processor: Processor | None = None) -> Memory:
+        """Makes the memory."""
+        return _Shares(self, processor, per=self.per, groups=self.groups, newest=True)
+
+
+@dataclass(frozen=True)
+class Herding(MemoryConfig):
+    """As many examples of each class, the first ones added: they have to come best first.
+
+    The share of a class shrinks as more classes come; the last ones added go first.
+
+    Source: https://arxiv.org/abs/1611.07725, algorithms 4 and 5.
+    """
+
+    kind: ClassVar[str] = "herding"
+
+    def build(self, processor: Processor | None = None) -> Memory:
+        """Makes the memory."""
+        return _Shares(self, processor, per="class", groups=None, newest=False)
+
+
+@dataclass(frozen=True)
+class ClassBalanced(MemoryConfig):
+    """Random examples, as many of each class as the stream allows.
+
+    Once the memory is full, an example of a class that never was the largest takes the place of a random one of the
+    largest; one of another class takes the place of a random one of its own, with probability kept / seen of the class.
+
+    Source: https://proceedings.mlr.press/v119/chrysakis20a.html, algorithm 1.
+    """
+
+    kind: ClassVar[str] = "class_balanced"
+
+    def build(self, processor: Processor | None = None) -> Memory:
+        """Makes the memory."""
+        return _ClassBalanced(self, processor)
+
+
+@dataclass(frozen=True)
+class GradientBased(MemoryConfig):
+    """Examples whose gradients differ: each is added with a score, small where its gradient is unlike those kept.
+
+    An example with score c < 1 takes the place of example i, drawn with probability C_i / sum C, with probability
+    C_i / (C_i + c), where C are the scores kept.
+
+    Source: https://arxiv.org/abs/1903.08671, algorithm 2.
+    """
+
+    kind: ClassVar[str] = "gradient_based"
+
+    def build(self, processor: Processor | None = None) -> Memory:
+        """Makes the memory."""
+        return _GradientBased(self, processor)
+
+
+class _Reservoir(Memory):
+    def choose(self, count: int, labels: Tensor, task: int, kept: Mapping[str, Tensor]) -> np.ndarray:
+        slots = np.arange(self.seen, self.seen + count)
+        free = min(max(self.size - self.seen, 0), count)
+        if free < count:
+            before = slots[free:]  # the example's number: so many were seen before it
+            drawn = self.random("add", self.seen).integers(0, before + 1)
+            slots[free:] = np.where(drawn < self.size, drawn, -1)
+        self.filled = min(self.size, self.seen + count)
+        return slots
+
+
+class _Grouped(Memory):
+    """Knows the slots of each task or class, in the order that the kind wants."""
+
+    def __init__(self, config: MemoryConfig, processor: Processor | None = None) -> None:
+        super().__init__(config, processor)
+        self.slots_of: dict[int, list[int]] = {}
+
+    def drop(self, slots: Tensor) -> None:
+        """Forgets some slots."""
+        gone = set(slots.tolist())
+        places = {old: new for new, old in enumerate(s for s in range(self.filled) if s not in gone)}
+        self.slots_of = {g: [places[s] for s in own if s in places] for g, own in self.slots_of.items()}
+        super().drop(slots)
+
+    def bookkeeping(self) -> dict[str, Tensor]:
+        """Returns group and slot of every example, in order, and every group (one may be without examples)."""
+        pairs = [(group, slot) for group, own in self.slots_of.items() for slot in own]
+        return {
+            "slots": torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+            "groups": torch.tensor(list(self.slots_of), dtype=torch.int64),
+        }
+
+    def take_up(self, bookkeeping: Mapping[str, Tensor]) -> None:
+        """Takes up what `bookkeeping` returned."""
+        self.slots_of = {group: [] for group in bookkeeping["groups"].tolist()}
+        for group, slot in bookkeeping["slots"].tolist():
+            self.slots_of[group].append(slot)
+
+    def take_free(self, group: int) -> int:
+        """Gives a group the next free slot."""
+        self.slots_of[group].append(self.filled)
+        self.filled += 1
+        return self.filled - 1
+
+
+class _Shares(_Grouped):
+    """Equal shares for tasks or classes, of which the newest or the first examples stay."""
+
+    def __init__(self, config: MemoryConfig, processor: Processor | None, per: str, groups: int | None, newest: bool):
+        super().__init__(config, processor)
+        self.per, self.groups, self.newest = per, groups, newest
+
+    def choose(self, count: int, labels: Tensor, task: int, kept: Mapping[str, Tensor]) -> np.ndarray:
+        of = np.full(count, task) if self.per == "task" else labels.reshape(count, -1)[:, 0].cpu().numpy()
+        share = self._make_room([int(group) for group in np.unique(of)])
+        slots = np.full(count, -1)
+        for group in np.unique(of):
+            rows, own = np.flatnonzero(of == group), self.slots_of[int(group)]
+            for row in rows[-share:] if self.newest else rows[: share - len(own)]:
+                if len(own) < share:
+                    slots[row] = self.take_free(int(group))
+                else:
+                    own.append(own.pop(0))
+                    slots[row] = own[-1]
+        return slots
+
+    def _make_room(self, groups: list[int]) -> int:
+        """Enters new groups, cuts the others to the share that is left for each, and returns the share."""
+        new = [group for group in groups if group not in self.slots_of]
+        known = len(self.slots_of) + len(new)
+        if self.groups is not None and known > self.groups:
+            raise ValueError(f"{type(self.config).__name__} was made for {self.groups} groups, but there are {known}")
+        share = self.size // (self.groups or known)
+        if not share:
+            raise ValueError(f"{self.size} examples cannot be divided among {known} groups, at least one each")
+        self.slots_of |= {group: [] for group in new}
+        if new:
+            surplus = [
+                slot for own in self.slots_of.values() for slot in (own[:-share] if self.newest else own[share:])
+            ]
+            if surplus:
+                self.drop(torch.tensor(surplus))
+        return share
+
+
+class _ClassBalanced(_Grouped):
+    def __init__(self, config: MemoryConfig, processor: Processor | None = None) -> None:
+        super().__init__(config, processor)
+        self.seen_of: dict[int, int] = {}
+        self.was_largest: set[int] = set()
+
+    def choose(self, count: int, labels: Tensor, task: int, kept: Mapping[str, Tensor]) -> np.ndarray:
+        random, slots = self.random("add", self.seen), np.full(count, -1)
+        for row, label in enumerate(labels.reshape(count, -1)[:, 0].tolist()):
+            own = self.slots_of.setdefault(label, [])
+            self.seen_of[label] = self.seen_of.get(label, 0) + 1
+            if self.filled < self.size:
+                slots[row] = self.take_free(label)
+            elif label not in self.was_largest:
+                largest = self.slots_of[self._largest(random)]
+                slots[row] = largest.pop(int(random.integers(len(largest))))
+                own.append(slots[row].item())
+            elif random.random() < len(own) / self.seen_of[label]:
+                slots[row] = own[int(random.integers(len(own)))]
+            if self.filled == self.size:
+                most = max(map(len, self.slots_of.values()))
+                self.was_largest |= {label for label, own in self.slots_of.items() if len(own) == most}
+        return slots
+
+    def _largest(self, random: np.random.Generator) -> int:
+        most = max(map(len, self.slots_of.values()))
+        ties = [label for label, own in self.slots_of.items() if len(own) == most]
+        return ties[int(random.integers(len(ties)))]
+
+    def bookkeeping(self) -> dict[str, Tensor]:
+        """Returns also how often each class was seen, and whether it was ever the largest."""
+        rows = [(label, seen, int(label in self.was_largest)) for label, seen in self.seen_of.items()]
+        return super().bookkeeping() | {"classes": torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)}
+
+    def take_up(self, bookkeeping: Mapping[str, Tensor]) -> None:
+        """Takes up what `bookkeeping` returned."""
+        super().take_up(bookkeeping)
+        rows = bookkeeping["classes"].tolist()
+        self.seen_of = {label: seen for label, seen, _ in rows}
+        self.was_largest = {label for label, _, largest in rows if largest}
+
+
+class _GradientBased(Memory):
+    def choose(self, count: int, labels: Tensor, task: int, kept: Mapping[str, Tensor]) -> np.ndarray:
+        if "score" not in kept:
+            raise ValueError("GradientBased chooses by score: memory.add(batch, score=...), one number an example")
+        scores = kept["score"].double().cpu().numpy()
+        before = self._columns().get("kept_score")
+        held = np.zeros(self.size) if before is None else before.double().cpu().numpy().copy()
+        random, slots = self.random("add", self.seen), np.full(count, -1)
+        for row, score in enumerate(scores):
+            if self.filled < self.size:
+                slots[row] = self.filled
+                self.filled += 1
+            elif score < 1:
+                total = held.sum()
+                place = int(random.choice(self.size, p=held / total)) if total > 0 else int(random.integers(self.size))
+                if random.random() * (held[place] + score) < held[place]:
+                    slots[row] = place
+            if slots[row] >= 0:
+                held[slots[row]] = score
+        return slots

@@ -1,0 +1,192 @@
+"""Streams of tasks are views of one data set, fixed by one seed."""
+
+import numpy as np
+import pytest
+import torch
+
+from hubtransfer.data import (
+    Loader,
+    Table,
+    blurred_stream,
+    domain_tasks,
+    permuted_tasks,
+    rotated_tasks,
+    split_tasks,
+)
+from hubtransfer.data.task_streams import angle_of, rotation
+
+
+def images(count=12, shape=(4, 6), classes=3):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(1, 256, (count, *shape), dtype=torch.uint8, generator=generator)
+    return {"pixel_values": pixels, "labels": torch.arange(count) % classes}
+
+
+def pixels(source):
+    return source.table.gather(torch.arange(len(source.table)))["pixel_values"]
+
+
+def test_permuted_tasks_move_the_pixels_of_every_image_alike_and_the_first_task_is_permuted_too():
+    data = images()
+    stream = permuted_tasks(data, images(6), tasks=3, seed=4)
+    assert stream.kind == "domain"
+    assert [task.name for task in stream] == ["permuted-1", "permuted-2", "permuted-3"]
+    flat, orders = data["pixel_values"].flatten(1), []
+    for task in stream:
+        moved = pixels(task.train_source).flatten(1)
+        origin = task.train_source.table.origin
+        orders.append(origin)
+        assert sorted(origin.tolist()) == list(range(24))
+        assert torch.equal(moved, flat[:, origin])
+        ((source, _),) = task.evaluations().values()
+        assert torch.equal(source.table.origin, origin), "evaluated as it was trained"
+        assert torch.equal(task.train_source.table.labels("labels"), data["labels"])
+    assert len({tuple(order.tolist()) for order in orders} | {tuple(range(24))}) == 4
+
+
+def test_one_seed_fixes_the_tasks_whatever_is_drawn_elsewhere():
+    def order(seed):
+        return permuted_tasks(images(), tasks=2, seed=seed)[1].train_source.table.origin
+
+    one = order(1)
+    torch.manual_seed(9)
+    np.random.seed(9)
+    assert torch.equal(one, order(1))
+    assert not torch.equal(one, order(2))
+    longer = permuted_tasks(images(), tasks=5, seed=1)[1].train_source.table.origin
+    assert torch.equal(one, longer), "more tasks leave the first ones as they were"
+    assert angle_of(3, 180.0, 1) == angle_of(3, 180.0, 1) != angle_of(3, 180.0, 2)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
+def test_tasks_copy_nothing(shape):
+    data = images(40, shape)
+    stream = permuted_tasks(data, tasks=20)
+    tables = [task.train_source.table for task in stream]
+    assert {table.base.values["pixel_values"].data_ptr() for table in tables} == {data["pixel_values"].data_ptr()}
+    assert len({table.fingerprint() for table in tables}) == 20
+    reader = Loader(stream[0].train_source, batch_size=8)._readers[""]
+    assert reader.bytes == 0
+
+
+def test_channels_of_a_pixel_stay_together():
+    colour = images(3, (4, 6, 3))
+    first = colour["pixel_values"].permute(0, 3, 1, 2).float()
+    one = permuted_tasks(colour, tasks=1)[0].train_source
+    two = permuted_tasks({**colour, "pixel_values": first}, tasks=1)[0].train_source
+    assert torch.equal(pixels(one).permute(0, 3, 1, 2).float(), pixels(two))
+    before = {tuple(pixel) for pixel in colour["pixel_values"][0].reshape(-1, 3).tolist()}
+    assert {tuple(pixel) for pixel in pixels(one)[0].reshape(-1, 3).tolist()} == before
+
+
+@pytest.mark.parametrize("degrees", [0, 13.7, 90, 121.3, 180])
+def test_rotation_is_that_of_pil(degrees):
+    from PIL import Image
+
+    data = images(4, (9, 9))
+    origin = rotation(9, 9, degrees)
+    padded = torch.cat([data["pixel_values"].flatten(1), torch.zeros(4, 1, dtype=torch.uint8)], dim=1)
+    ours = padded[:, origin].reshape(4, 9, 9)  # -1 is the column of zeros
+    for image, turned in zip(data["pixel_values"], ours):
+        expected = np.asarray(Image.fromarray(image.numpy()).rotate(degrees))
+        assert np.array_equal(turned.numpy(), expected)
+
+
+def test_rotated_tasks_turn_by_uniform_angles():
+    stream = rotated_tasks(images(4, (9, 9)), tasks=2, seed=3)
+    for number, task in enumerate(stream):
+        assert torch.equal(task.train_source.table.origin, rotation(9, 9, angle_of(number, 180.0, 3)))
+    angles = np.array([angle_of(number, 180.0, seed) for number in range(20) for seed in range(50)])
+    assert 0 <= angles.min() < 2
+    assert 178 < angles.max() < 180
+    assert abs(angles.mean() - 90) < 5 * 52 / np.sqrt(1000)  # a uniform angle's standard deviation is 52 degrees
+    assert (pixels(stream[0].train_source) == 0).any(), "outside is black"
+
+
+@pytest.mark.parametrize("kind", ["class", "task", "domain"])
+def test_split_by_label(kind):
+    data = images(20, classes=5)
+    stream = split_tasks(data, images(10, classes=5), classes=2, kind=kind)
+    assert [task.name for task in stream] == ["0-1", "2-3", "4"]
+    assert stream.kind == kind
+    second = stream[1].train_source
+    labels = second.table.labels("labels")
+    assert sorted(labels.unique().tolist()) == ([2, 3] if kind == "class" else [0, 1])
+    rows = torch.isin(data["labels"], torch.tensor([2, 3]))
+    assert torch.equal(pixels(second), data["pixel_values"][rows])
+    assert torch.equal(labels, data["labels"][rows] - (0 if kind == "class" else 2))
+    assert stream[1].task == ("2-3" if kind == "task" else None)
+    evaluated = stream.evaluations()["2-3"][0].table.labels("labels")
+    assert set(evaluated.tolist()) == set(labels.tolist())
+
+
+def test_split_takes_named_classes_and_a_seeded_order():
+    data = images(20, classes=5)
+    assert [task.name for task in split_tasks(data, classes=[[4, 0], [2]])] == ["4-0", "2"]
+    shuffled = [task.name for task in split_tasks(data, classes=1, shuffle=True, seed=1)]
+    assert sorted(shuffled) == ["0", "1", "2", "3", "4"]
+    assert shuffled == [task.name for task in split_tasks(data, classes=1, shuffle=True, seed=1)]
+    assert any([t.name for t in split_tasks(data, classes=1, shuffle=True, seed=s)] != shuffled for s in range(2, 5))
+
+
+def test_split_by_a_domain_column():
+    data = {**images(12), "place": ["sea", "land", "air"] * 4}
+    stream = domain_tasks(data, data, column="place")
+    assert [task.name for task in stream] == ["air", "land", "sea"]
+    assert torch.equal(pixels(stream[2].train_source), data["pixel_values"][0::3])
+    with pytest.raises(ValueError, match="did you mean 'place'"):
+        domain_tasks(data, column="plac")
+    with pytest.raises(ValueError, match="domain 'air' has no evaluation examples"):
+        domain_tasks(data, {**images(2), "place": ["sea", "land"]}, column="place")
+
+
+def test_a_blurred_stream_gives_every_example_once_and_blur_mixes_tasks():
+    data = images(60, classes=6)
+    tasks = split_tasks(data, data, classes=2)
+    sharp, soft = (blurred_stream(tasks, blur=blur, seed=1) for blur in (0.0, 0.3))
+
+    def order(stream):
+        table = stream.train_source.table
+        found = table.gather(torch.arange(len(table)))
+        seen = {tuple(image.flatten().tolist()) for image in found["pixel_values"]}
+        assert len(seen) == len(table) == 60
+        return found["labels"] // 2
+
+    assert torch.equal(order(sharp), torch.arange(3).repeat_interleave(20))
+    mixed = order(soft)
+    assert not torch.equal(mixed, mixed.sort().values)
+    assert mixed[:15].float().mean() < mixed[-15:].float().mean()
+    batch = next(iter(Loader(sharp.train_source, batch_size=7).batches(0)))
+    assert torch.equal(batch.labels // 2, torch.zeros(7).long()), "a stream is read in its own order"
+    assert set(sharp.evaluations()) == {"0-1", "2-3", "4-5"}
+
+
+def test_what_cannot_be_split_is_named():
+    data = images(12)
+    with pytest.raises(ValueError, match="at least one task"):
+        permuted_tasks(data, tasks=0)
+    with pytest.raises(ValueError, match="images of one size"):
+        permuted_tasks({"pixel_values": torch.zeros(4, 8), "labels": torch.zeros(4).long()}, tasks=2)
+    with pytest.raises(ValueError, match="only images"):
+        permuted_tasks({"text": ["a", "b"], "labels": [0, 1]}, tasks=2)
+    with pytest.raises(ValueError, match="class 1 is in two tasks"):
+        split_tasks(data, classes=[[0, 1], [1, 2]])
+    with pytest.raises(ValueError, match=r"class 7 is not among the labels, which are \[0, 1, 2\]"):
+        split_tasks(data, classes=[[0, 7]])
+    with pytest.raises(ValueError, match="no example of the classes 2"):
+        split_tasks(data, images(2), classes=[[0, 1], [2]])
+    with pytest.raises(ValueError, match="no column of class numbers"):
+        split_tasks({"pixel_values": data["pixel_values"], "labels": torch.rand(12)}, classes=1)
+    with pytest.raises(ValueError, match="blur must not be negative"):
+        blurred_stream(split_tasks(data, classes=1), blur=-1)
+    with pytest.raises(ValueError, match="no example knows its head"):
+        blurred_stream(split_tasks(data, classes=1, kind="task"))
+
+
+def test_views_are_tables_with_content_hashes():
+    data = Table.of(images(12))
+    one, two = (split_tasks(data, classes=[group]) for group in ([0, 1], [0, 2]))
+    prints = {stream[0].train_source.table.fingerprint() for stream in (one, two)} | {data.fingerprint()}
+    assert len(prints) == 3
+    again = split_tasks(Table.of(images(12)), classes=[[0, 1]])
+    assert again[0].train_source.table.fingerprint() == one[0].train_source.table.fingerprint()
