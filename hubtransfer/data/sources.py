@@ -22,7 +22,7 @@ from hubtransfer.data.draws import evenly, overlap, resize, stratified
 from hubtransfer.data.files import idx_pair, need, package_file, stored_array
 from hubtransfer.data.folder import ImageFolder
 from hubtransfer.data.seeds import seed_of
-from hubtransfer.data.table import HubTable, Table
+from hubtransfer.data.table import HubTable, Table, as_values, take
 
 log = logging.getLogger(__name__)
 
@@ -131,8 +131,8 @@ def load_data(
         folder: where files lie that a source reads.
 
     Returns:
-        Splits, or one split: a mapping of raw uint8 ``pixel_values`` ``(n, h, w)`` or ``(n, h, w, 3)`` and ``labels``
-        ``(n,)``, that also knows its ``classes``; for other sources whatever :class:`Table` reads.
+        Splits, or one split: a mapping of raw uint8 ``pixel_values`` ``(n, h, w)`` or ``(n, h, w, 3)`` (or a list of
+        ``text``) and ``labels`` ``(n,)``, that also knows its ``classes``; for other sources whatever :class:`Table` reads.
 
     Raises:
         ValueError: no such data set or split.
@@ -167,6 +167,8 @@ def _prepared(found: Splits, split: str, size: int | None, limit: int | None = N
         data = Columns(data)
         data.classes, data.origin = found.classes, found.origin
         if size is not None:
+            if "pixel_values" not in data:
+                raise ValueError(f"size= resizes images, and this data set has {', '.join(data)}")
             data["pixel_values"] = resize(data["pixel_values"], size)
     elif size is not None:
         raise ValueError("size= resizes data in memory; here set the size where images are processed (image_size=)")
@@ -334,7 +336,7 @@ def _limited(data: Any, limit: int, seed: int) -> Any:
         labels = torch.zeros(len(table), dtype=torch.long)
     rows = evenly(labels, limit, seed)
     if isinstance(data, Mapping):
-        return {name: value[rows] for name, value in data.items()}
+        return {name: take(as_values(value), rows) for name, value in data.items()}
     return data.select(rows.tolist())
 
 

