@@ -1,7 +1,7 @@
 """Data: what a scenario holds, and the batches it becomes."""
 
-from hubtransfer.data.augment import Augment, MixUp
 from hubtransfer.data import packaged as packaged  # registers its data sets
+from hubtransfer.data.augment import Augment, MixUp
 from hubtransfer.data.batch import Batch, Streams
 from hubtransfer.data.loader import Loader
 from hubtransfer.data.memory import Memory, MemoryConfig, Replay

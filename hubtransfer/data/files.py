@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 
-def need(module: str, package: str) -> Any:
-    """The spec of an installed module; ImportError names the package that holds it."""
+def need(module: str, package: str, install: str | None = None) -> Any:
+    """The spec of an installed module; ImportError names the package that holds it, and how to install it."""
     spec = importlib.util.find_spec(module)
     if spec is None:
-        raise ImportError(f"this data set is in the package {package}: pip install {package} (or hubtransfer[offline])")
+        install = install or f"pip install {package} (or hubtransfer[offline])"
+        raise ImportError(f"this data set is in the package {package}: {install}")
     return spec
 
 
-def package_file(module: str, package: str, path: str) -> Path:
+def package_file(module: str, package: str, path: str, install: str | None = None) -> Path:
     """A file of an installed package, found without running the package's code."""
-    for place in need(module, package).submodule_search_locations or ():
+    for place in need(module, package, install).submodule_search_locations or ():
         if (Path(place) / path).is_file():
             return Path(place) / path
     raise ImportError(f"the installed {package} has no {path}; install another version of it")

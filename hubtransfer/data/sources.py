@@ -132,7 +132,7 @@ def load_data(
 
     Returns:
         Splits, or one split: a mapping of raw uint8 ``pixel_values`` ``(n, h, w)`` or ``(n, h, w, 3)`` (or a list of
-        ``text``) and ``labels`` ``(n,)``, that also knows its ``classes``; for other sources whatever :class:`Table` reads.
+        ``text``) and ``labels`` ``(n,)``, that also knows its ``classes``; of other sources what :class:`Table` reads.
 
     Raises:
         ValueError: no such data set or split.

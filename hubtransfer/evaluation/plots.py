@@ -165,6 +165,59 @@ def reliability_diagram(bins: Mapping[str, Sequence[float]], path: Path) -> None
         lower.set(xlabel="confidence of the prediction", ylabel="examples")
 
 
+def pair_tables(watched: Mapping[str, float]) -> dict[str, dict[tuple[str, str], float]]:
+    """Those of a log row's watched numbers whose names are ``what/a -> b``: what -> (a, b) -> number.
+
+    >>> pair_tables({"weight/x -> y": 0.5, "rate/left": 0.1})
+    {'weight': {('x', 'y'): 0.5}}
+    """
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    for name, value in watched.items():
+        what, _, pair = name.partition("/")
+        a, arrow, b = pair.partition(" -> ")
+        if arrow:
+            found.setdefault(what, {})[a, b] = value
+    return found
+
+
+def pair_table(
+    cells: Mapping[tuple[str, str], float],
+    path: Path,
+    what: str = "weight",
+    axes: tuple[str, str] = ("from the source's layer", "to the student's layer"),
+) -> None:
+    """Numbers of pairs as a heat map, such as how much each layer of a source counts for each layer of a student.
+
+    Args:
+        cells: (row, column) -> number; a pair that is missing is left blank.
+        path: PNG file to write.
+        what: the numbers are.
+        axes: what rows and columns are.
+
+    Raises:
+        ValueError: there are no pairs.
+    """
+    if not cells:
+        raise ValueError("no pairs to draw")
+    names = [list(dict.fromkeys(pair[k] for pair in cells)) for k in (0, 1)]
+    values = [[cells.get((row, column), math.nan) for column in names[1]] for row in names[0]]
+    top = max(max(cells.values()), 1e-12)
+    width, height = 1.0 * len(names[1]) + 2.6, 0.62 * len(names[0]) + 1.4
+    with _figure(path, max(width, 4.2), max(height, 2.4)) as figure:
+        axis = figure.subplots()
+        axis.grid(False)
+        image = axis.imshow(values, cmap="Blues", vmin=min(0.0, *cells.values(), 0.0), vmax=top, aspect="auto")
+        axis.set(xlabel=axes[1], ylabel=axes[0])
+        axis.set_xticks(range(len(names[1])), names[1])
+        axis.set_yticks(range(len(names[0])), names[0])
+        for (row, column), value in cells.items():
+            place = names[1].index(column), names[0].index(row)
+            axis.text(*place, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 * top else "black")
+        for edge in axis.spines.values():
+            edge.set_visible(False)
+        figure.colorbar(image, ax=axis, label=what, fraction=0.05, pad=0.03)
+
+
 class Compared(NamedTuple):
     """One method's row in a comparison.
 

@@ -69,8 +69,9 @@ def read_run(folder: str | PathLike[str]) -> Run:
 
 
 def sections(run: Run) -> list[Section]:
-    """The tables of a run: results, parameters, what ran, how the losses went."""
-    found = [_results(run.record), _parameters(run.record), _facts(run.record), _losses(run.log)]
+    """The tables of a run: results, parameters, what ran, how the losses and the numbers to watch went."""
+    course = [_course(run.log, "losses", "Losses", "term"), _course(run.log, "watched", "Watched", "number")]
+    found = [_results(run.record), _parameters(run.record), _facts(run.record), *course]
     return [section for section in found if section is not None and section.rows]
 
 
@@ -163,14 +164,14 @@ def _examples(facts: Mapping[str, Any]) -> str:
     return f"{facts['examples']:,} examples, sha256 {str(facts.get('fingerprint'))[:12]}"
 
 
-def _losses(log: Sequence[Mapping[str, Any]]) -> Section | None:
-    """First and last value of every loss term, by stage."""
-    terms: dict[tuple[str, str], list[tuple[int, float]]] = {}
+def _course(log: Sequence[Mapping[str, Any]], group: str, title: str, what: str) -> Section | None:
+    """First and last value of every name in a group of the log's rows, by stage."""
+    found: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in log:
-        for name, value in (row.get("losses") or {}).items():
-            terms.setdefault((str(row.get("stage", "")), name), []).append((row["total"], value))
+        for name, value in (row.get(group) or {}).items():
+            found.setdefault((str(row.get("stage", "")), name), []).append((row["total"], value))
     rows = []
-    for (stage, name), values in terms.items():
+    for (stage, name), values in found.items():
         (_, first), (step, last) = values[0], values[-1]
         rows.append((stage, name, f"{first:.4g}", f"{last:.4g}", f"{step:,}"))
-    return Section("Losses", ("stage", "term", "first", "last", "at step"), tuple(rows))
+    return Section(title, ("stage", what, "first", "last", "at step"), tuple(rows))

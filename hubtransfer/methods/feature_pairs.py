@@ -69,8 +69,13 @@ class FeaturePairs:
         return len(self.pairs)
 
     def __str__(self) -> str:
+        return ", ".join(self.names)
+
+    @property
+    def names(self) -> list[str]:
+        """Each pair as `teacher's layer -> student's layer`; with several teachers `number:layer -> layer`."""
         several = len(self.teachers) > 1
-        return ", ".join(f"{f'{p.teacher}:' if several else ''}{p.theirs.name} -> {p.own.name}" for p in self.pairs)
+        return [f"{f'{p.teacher}:' if several else ''}{p.theirs.name} -> {p.own.name}" for p in self.pairs]
 
     @property
     def layers(self) -> tuple[str, ...]:

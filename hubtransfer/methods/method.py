@@ -144,8 +144,9 @@ class Method(nn.Module):
     def watched(self) -> Mapping[str, Tensor | float]:
         """Returns numbers of the method's own that a person wants to see over time, such as a weight for each task.
 
-        The log gets their values at each of its rows, under `watched`; they have to be the same on all processes. A
-        name is `what/of what`: `weight/left` and `weight/right` are drawn together.
+        The log gets their values at each of its rows, under `watched`: the mean over processes, which all have to give
+        the same names. A name is `what/of what`: `weight/left` and `weight/right` are drawn together. Names of the form
+        `what/a -> b` are drawn as a table of a by b.
         """
         return {}
 

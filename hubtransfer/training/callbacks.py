@@ -130,7 +130,7 @@ class Tracker(Callback):
 
 
 class Plots(Callback):
-    """Draws learning curves, and a confusion matrix for each classification task, when the run ends."""
+    """Draws learning curves, a confusion matrix for each classification task and tables that a method watches."""
 
     def on_train_end(self, trainer: "Trainer", result: "TrainingResult | None") -> None:
         """Draws; without matplotlib it says what to install and goes on."""
@@ -146,6 +146,9 @@ class Plots(Callback):
                 if "confusion" in tables:
                     suffix = f"_{name}" if len(result.tables) > 1 else ""
                     plots.confusion_matrix(tables["confusion"], tables["names"], folder / f"confusion{suffix}.png")
+            last: Mapping[str, float] = next((row["watched"] for row in reversed(rows) if row.get("watched")), {})
+            for what, cells in plots.pair_tables(last).items():
+                plots.pair_table(cells, folder / f"{what.replace(' ', '_')}.png", what)
         except ImportError as error:
             log.warning("no plots: %s", error)
 

@@ -319,6 +319,13 @@ class Runtime:
         """Returns the mean (or sum) of a tensor over processes."""
         return tensor if self.world == 1 else self.accelerator.reduce(tensor, how)
 
+    def mean_of(self, numbers: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """Returns the mean of each number over processes, which all give the same names."""
+        found = {name: float(value) for name, value in numbers.items()}
+        if not found or self.world == 1:
+            return found
+        return dict(zip(found, self.reduce(torch.tensor(list(found.values()), device=self.device)).tolist()))
+
     def wait(self) -> None:
         """Waits for all processes."""
         self.accelerator.wait_for_everyone()

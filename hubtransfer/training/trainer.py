@@ -284,7 +284,7 @@ class Trainer:
             return
         losses = self._window.flush(where)
         rates = {name: optimizer.param_groups[-1]["lr"] for name, optimizer in self.runtime.optimizers.items()}
-        watched = {name: float(value) for name, value in self.method.watched().items()}
+        watched = self.runtime.mean_of(self.method.watched())
         row = {
             "stage": stage.name,
             "step": self.cursor.step,

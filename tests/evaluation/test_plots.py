@@ -86,3 +86,21 @@ def test_pyplot_is_left_alone(tmp_path):
     sys.modules.pop("matplotlib.pyplot", None)
     plots.learning_curves(rows(), tmp_path / "curves.png")
     assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_a_table_of_pairs_is_dark_where_the_number_is_large(tmp_path):
+    cells = {(a, b): 0.1 for a in ("one", "two", "three") for b in ("x", "y")} | {("one", "y"): 3.0}
+    del cells["three", "x"]
+    plots.pair_table(cells, tmp_path / "pairs.png", "pair weight")
+    image = pixels(tmp_path / "pairs.png").astype(int)
+    dark = np.abs(image[:, : int(0.78 * image.shape[1])] - [8, 48, 107]).sum(2) < 30  # without the colour bar
+    down, across = np.nonzero(dark)
+    assert down.mean() < 0.4 * image.shape[0]  # the first row
+    assert across.mean() > 0.5 * image.shape[1]  # the second column
+    with pytest.raises(ValueError, match="no pairs"):
+        plots.pair_table({}, tmp_path / "none.png")
+
+
+def test_which_watched_numbers_are_tables():
+    watched = {"pair weight/0:a -> b": 1.0, "pair weight/1:a -> b": 2.0, "rate/left": 0.5, "loss -> more": 1.0}
+    assert plots.pair_tables(watched) == {"pair weight": {("0:a", "b"): 1.0, ("1:a", "b"): 2.0}}

@@ -22,7 +22,7 @@ RECORD = {
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(RECORD))
-    rows = [{"stage": "distil", "total": s, "losses": {"kd": 2.0 / s}} for s in (1, 10)]
+    rows = [{"stage": "distil", "total": s, "losses": {"kd": 2.0 / s}, "watched": {"w/x": 0.5 * s}} for s in (1, 10)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": "di')
     return tmp_path
 
@@ -37,6 +37,7 @@ def test_markdown(folder):
     assert "| data train | 4,000 examples, sha256 abababababab |" in text
     assert "| data stream | a stream |" in text
     assert "| distil | kd | 2 | 0.2 | 10 |" in text
+    assert "| distil | w/x | 0.5 | 5 | 10 |" in text
 
 
 def test_console(folder):

@@ -81,6 +81,15 @@ def test_what_a_method_watches_stands_in_the_log_with_its_losses(scenario, tmp_p
     assert norms[-1] == pytest.approx(float(trainer.method.model.heads["task"].weight.detach().norm()))
 
 
+def test_a_table_that_a_method_watches_is_drawn(scenario, tmp_path):
+    class Watching(Plain):
+        def watched(self):
+            return {"pair weight/a -> b": 1.0, "pair weight/a -> c": 2.0, "count": 7}
+
+    run(make(Watching), scenario, tmp_path, steps=2, evaluate="no", save="no", plots=True)
+    assert {file.name for file in tmp_path.glob("*.png")} >= {"learning_curves.png", "pair_weight.png"}
+
+
 def test_evaluation_leaves_no_trace(scenario, tmp_path):
     """Evaluating after every step gives the same parameters as never evaluating."""
     often, never = make(Plain), make(Plain)

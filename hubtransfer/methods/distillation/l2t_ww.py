@@ -103,6 +103,7 @@ class L2TWW(Method, name="l2t_ww", config=L2TWWConfig, scenario=SingleTask):
         self.pair_weights = self.pair_networks([wide for wide, _ in widths]).to(like)
         for f in self.channel_weights.parameters():
             nn.init.zeros_(f)
+        self._seen: dict[str, float] = {}
 
     def pair_networks(self, widths: Sequence[int]) -> nn.ModuleList:
         """Returns g for each pair, (batch, width) -> (batch, 1), as it starts."""
@@ -137,12 +138,24 @@ class L2TWW(Method, name="l2t_ww", config=L2TWWConfig, scenario=SingleTask):
         yield Stage(
             "transfer",
             scenario.train_source,
-            [Descend(self.loss, "student"), Unrolled(inner, self.label_loss, over="student", trains="meta")],
+            [
+                Descend(self.loss, "student", after=self.note),
+                Unrolled(inner, self.label_loss, over="student", trains="meta"),
+            ],
             optimizers={
                 "student": OptimizerConfig(name="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4, schedule="cosine"),
                 "meta": OptimizerConfig(name="adam", lr=1e-4, weight_decay=1e-4, schedule="constant"),
             },
         )
+
+    @torch.no_grad()
+    def note(self, batch: Batch) -> None:
+        """Keeps the mean pair weights of the last batch, for `watched`."""
+        self._seen = {n: float(w.mean()) for n, (_, w) in zip(self.pairs.names, self.weights(batch))}
+
+    def watched(self) -> dict[str, float]:
+        """Returns the mean weight of each pair over the last batch."""
+        return {f"pair weight/{name}": value for name, value in self._seen.items()}
 
     def weights(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """Returns for each pair the channel weights (batch, channels) and the pair weight (batch,) of each example."""
