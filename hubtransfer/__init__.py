@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         DeepenConfig as DeepenConfig,
         DepthwiseConfig as DepthwiseConfig,
         ScaleBiasConfig as ScaleBiasConfig,
+        SplitConfig as SplitConfig,
         WidenConfig as WidenConfig,
     )
     from hubtransfer.training import Trainer as Trainer, TrainingArguments as TrainingArguments
@@ -70,7 +71,7 @@ _HOME = {
     "hubtransfer.methods.finetuning": "FineTune",
     "hubtransfer.models": "ClassificationHead DenseHead MultiLabelHead RegressionHead Teacher TransferModel "
     "initialise_from_teacher",
-    "hubtransfer.patches": "DeepenConfig DepthwiseConfig ScaleBiasConfig WidenConfig",
+    "hubtransfer.patches": "DeepenConfig DepthwiseConfig ScaleBiasConfig SplitConfig WidenConfig",
     "hubtransfer.training": "Trainer TrainingArguments",
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names.split()}

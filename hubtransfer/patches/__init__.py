@@ -8,6 +8,7 @@ from hubtransfer.patches.patch import PATCHES, ComposedPatch, Patch, PatchConfig
 from hubtransfer.patches.places import Slot
 from hubtransfer.patches.registry import patches
 from hubtransfer.patches.scale_bias import ScaleBiasConfig
+from hubtransfer.patches.split import SplitConfig
 from hubtransfer.patches.training_mode import train_where_it_learns
 from hubtransfer.patches.widen import WidenConfig
 
@@ -20,6 +21,7 @@ __all__ = [
     "PatchConfig",
     "ScaleBiasConfig",
     "Slot",
+    "SplitConfig",
     "WidenConfig",
     "applied",
     "build_patch",

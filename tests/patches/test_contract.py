@@ -12,6 +12,7 @@ from hubtransfer.patches import (
     DeepenConfig,
     DepthwiseConfig,
     ScaleBiasConfig,
+    SplitConfig,
     WidenConfig,
     applied,
     build_patch,
@@ -31,6 +32,8 @@ CONFIGS = {
     "widen_copy": WidenConfig(units=3, init="copy", normalise="new"),
     "deepen": DeepenConfig(units=6),
     "widen+deepen": [WidenConfig(units=5), DeepenConfig(units=6)],
+    "split": SplitConfig(after=-2),
+    "split_nothing_shared": SplitConfig(),
     "lora": peft.LoraConfig(r=2),
     "lora+scale_bias": [peft.LoraConfig(r=2), ScaleBiasConfig()],
     "ia3": peft.IA3Config(),
@@ -43,7 +46,8 @@ CASES = [("timm/mobilenetv2_035", kind) for kind in CONFIGS if kind not in ("ln_
     for kind in CONFIGS
     if "depthwise" not in kind or (kind == "depthwise_insert" and name != "bert")
 ]
-STARTS_UNCHANGED = {"scale_bias", "depthwise", "depthwise_insert", "scale_bias+depthwise", "lora", "lora+scale_bias",
+STARTS_UNCHANGED = {"split", "split_nothing_shared",
+                    "scale_bias", "depthwise", "depthwise_insert", "scale_bias+depthwise", "lora", "lora+scale_bias",
                     "ia3", "loha", "ln_tuning"}  # fmt: skip
 
 
