@@ -63,7 +63,7 @@ def _check_labels(method: Method, name: str, source: Source, needed: bool) -> No
 def _check_inputs(method: Method, name: str, source: Source) -> None:
     loader = Loader(source, processor=method.model.processor, batch_size=1, shuffle=False)
     batch = next(iter(loader.batches(0)))
-    device = next(method.model.backbone.parameters()).device
+    device = method.model.device
     was_training = method.training
     method.eval()
     try:
