@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hubtransfer.functional import attention, contrast, distributions, map_statistics, ranking, relations
-from hubtransfer.methods.distillation.ft import factor_distance
-from hubtransfer.methods.distillation.vid import surprise
+from hubtransfer.functional.factors import factor_distance
+from hubtransfer.functional.likelihood import surprise
 from hubtransfer.training.record import versions
 
 ROUNDS, SECONDS = 200, 5.0

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol, get_args
 
 PairRule = Literal["single", "one_to_one", "all_to_all"]
+NamedPairs = tuple[tuple[str, str], ...]
+Pairs = PairRule | NamedPairs
+"""What configs say of pairs: a rule, or pairs (teacher's layer, student's layer) by name."""
 
 
 class Layer(Protocol):

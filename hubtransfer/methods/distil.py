@@ -1,6 +1,7 @@
 """What every distillation method that adds terms to a student's loss starts from, and how such methods add up."""
 
 import copy
+import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from hubtransfer.methods.update import Descend, Terms
 from hubtransfer.models import Teacher, TransferModel, TransferModelOutput
 
 AnyMethod = TypeVar("AnyMethod", bound=Method)
+log = logging.getLogger(__name__)
 
 
 class Distillation(Method, scenario=SingleTask):
@@ -52,9 +54,15 @@ class Distillation(Method, scenario=SingleTask):
             raise TypeError(f"{name} needs a frozen teacher: wrap the model as Teacher(model), got {what}")
         self.teachers: Any = nn.ModuleList(each.check_student(model) for each in given)
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the student's head (or trunk), whose type and device projectors take."""
+        return next(self.model.heads[self.task].parameters(), next(self.model.backbone.parameters()))
+
     def pair(self, rule: Any, texts: bool = False) -> FeaturePairs:
-        """Chooses the layers to compare (see `FeaturePairs`), remembers which of them the student has to return."""
+        """Chooses the layers to compare (see `FeaturePairs`), logs them, notes which the student has to return."""
         pairs = FeaturePairs(self.model.backbone, list(self.teachers), rule, texts)
+        log.info("%s compares the layers (teacher -> student) %s", type(self).__name__, pairs)
         self.layers = tuple(dict.fromkeys((*self.layers, *pairs.layers)))
         self.reads = (*self.reads, *zip(pairs.teachers, pairs.teacher_layers))
         return pairs

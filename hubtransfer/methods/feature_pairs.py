@@ -1,16 +1,41 @@
 """Layers of a student beside layers of its teachers: what every method that compares feature maps starts from."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hubtransfer.backbones import Backbone, LayerInfo
 from hubtransfer.config import unknown_name
 from hubtransfer.data import Batch
-from hubtransfer.functional.layer_pairs import PairRule, pair_layers, same_depth
-from hubtransfer.functional.maps import as_grid
-from hubtransfer.models import Teacher
+from hubtransfer.functional.layer_pairs import PairRule, Pairs, check_pairs, pair_layers, same_depth
+from hubtransfer.functional.maps import as_grid, same_size
+from hubtransfer.models import Teacher, TransferModelOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Hyper-parameters of a term that is a sum over pairs of layers.
+
+    Attributes:
+        beta: Weight of the term.
+        pairs: "single" (the last layers), "one_to_one" (stages of equal size), "all_to_all", or pairs (teacher's layer,
+            student's layer) by name; "1:layer" is a layer of teacher number 1.
+    """
+
+    beta: float = 1.0
+    pairs: Pairs = "single"
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            ValueError: naming the field and what it may be.
+        """
+        if self.beta < 0:
+            raise ValueError(f"beta must not be negative, got {self.beta}")
+        check_pairs(self.pairs)
 
 
 class Pair(NamedTuple):
@@ -34,7 +59,8 @@ class FeaturePairs:
             student's N layers with the teacher's layer floor(i M / N), and the last with the last.
 
     Raises:
-        ValueError: if there is no such layer or teacher (naming the nearest), or a backbone has no maps of images.
+        ValueError: if there is no such layer or teacher (naming the nearest), or a backbone has no maps to compare
+            (listing the layers there are).
     """
 
     def __init__(
@@ -46,9 +72,16 @@ class FeaturePairs:
     ) -> None:
         self.teachers = list(teachers)
         backbones = [teacher.model.backbone for teacher in self.teachers]
-        for who, backbone in [("the student", student), *((f"teacher {k}", b) for k, b in enumerate(backbones))]:
-            if (backbone.modality == "text" and not texts) or not backbone.layers:
-                raise ValueError(f"{who} ({backbone.modality}) has no feature maps of images to compare")
+        everyone = {"the student": student, **{f"teacher {k}": backbone for k, backbone in enumerate(backbones)}}
+        for who, backbone in everyone.items():
+            if backbone.modality == "text" and not texts:
+                raise ValueError(
+                    f"{who} (text) has no feature maps of images to compare, and this loss has no meaning for texts; "
+                    "choose one of pooled features, logits or single positions"
+                )
+            if not backbone.layers:
+                known = "; ".join(f"{name}: {_listed(each.layers) or 'none'}" for name, each in everyone.items())
+                raise ValueError(f"{who} ({backbone.modality}) has no feature maps to compare. Layers of {known}")
         self.pairs: list[Pair] = []
         named = [] if isinstance(rule, str) else [(*_split(theirs, len(backbones)), own) for theirs, own in rule]
         if isinstance(rule, str):
@@ -87,6 +120,16 @@ class FeaturePairs:
         """Each teacher's layers, each once."""
         return [_names(p.theirs for p in self.pairs if p.teacher == k) for k in range(len(self.teachers))]
 
+    def maps(self, student: TransferModelOutput, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """Returns the teacher's and the student's map of each pair, the larger average-pooled to the smaller."""
+        assert student.features is not None
+        both = zip(self.teacher_maps(batch), self.own_maps(student.features.maps, batch))
+        return [same_size(there, here) for there, here in both]
+
+    def regressors(self, like: Tensor) -> nn.ModuleList:
+        """Returns a 1x1 convolution for each pair, from the student's channels to the teacher's."""
+        return nn.ModuleList(nn.Conv2d(pair.own.channels, pair.theirs.channels, 1) for pair in self.pairs).to(like)
+
     def own_maps(self, maps: Mapping[str, Tensor], batch: Batch) -> list[Tensor]:
         """Returns the student's map of each pair, from the maps of its forward."""
         return [_grid(maps[pair.own.name], pair.own, batch.inputs) for pair in self.pairs]
@@ -122,6 +165,10 @@ def _find(backbone: Backbone, name: str, who: str) -> LayerInfo:
         if layer.name == name:
             return layer
     raise ValueError(unknown_name("layer", name, [layer.name for layer in backbone.layers], who))
+
+
+def _listed(layers: Iterable[LayerInfo]) -> str:
+    return ", ".join(layer.name for layer in layers)
 
 
 def _names(layers: Iterable[LayerInfo]) -> tuple[str, ...]:

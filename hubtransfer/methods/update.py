@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hubtransfer.functional.second_order import twice_differentiable
 from hubtransfer.methods.aggregate import Combine, Sum
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class Unrolled(Update):
         """Returns the group whose steps it differentiates."""
         return (self.over,)
 
+    @twice_differentiable()
     def apply(self, batch: AnyBatch, runtime: "Runtime") -> Terms:
         """Looks ahead, descends, and returns the terms of the outer loss."""
         steps = runtime.sgd_state(self.over)

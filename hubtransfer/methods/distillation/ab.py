@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,24 +10,26 @@ from torch import Tensor, nn
 
 from hubtransfer.data import Batch, SingleTask
 from hubtransfer.functional.boundaries import boundary_distance
+from hubtransfer.functional.layer_pairs import Pairs
 from hubtransfer.methods.distil import Distillation
+from hubtransfer.methods.feature_pairs import PairsConfig
 from hubtransfer.methods.stage import Stage
 from hubtransfer.methods.update import Descend, Terms
 from hubtransfer.models import Teacher, TransferModel, TransferModelOutput
 
 
 @dataclass(frozen=True, kw_only=True)
-class ABConfig:
+class ABConfig(PairsConfig):
     """Hyper-parameters of `AB`.
 
     Attributes:
-        pairs: "single", "one_to_one", "all_to_all", or pairs (teacher's layer, student's layer) by name.
+        pairs: See `PairsConfig`.
         margin: mu > 0, by which a neuron has to be on the right side.
         beta: Factor on the loss, which is a sum over all neurons.
         epochs: Length of the first stage; the training arguments' by default.
     """
 
-    pairs: Literal["single", "one_to_one", "all_to_all"] | tuple[tuple[str, str], ...] = "one_to_one"
+    pairs: Pairs = "one_to_one"
     margin: float = 1.0
     beta: float = 3e-3
     epochs: float | None = None
@@ -38,12 +40,9 @@ class ABConfig:
         Raises:
             ValueError: naming the field and what it may be.
         """
-        if not self.pairs:
-            raise ValueError("pairs must not be empty")
+        super().__post_init__()
         if self.margin <= 0:
             raise ValueError(f"margin must be positive, got {self.margin}")
-        if self.beta < 0:
-            raise ValueError(f"beta must not be negative, got {self.beta}")
         if self.epochs is not None and self.epochs <= 0:
             raise ValueError(f"epochs must be positive, got {self.epochs}")
 
@@ -56,7 +55,7 @@ class AB(Distillation, name="ab", config=ABConfig, scenario=SingleTask):
     with the teacher's maps T, (batch, channels, height, width), rho their sign (+1 where positive, else -1), the
     student's maps S and connectors r, a 1x1 convolution to the teacher's channels and batch normalisation. The first
     stage trains trunk and connectors on L_AB, the second the whole student on its own loss: `AB(...) + KD(...)` makes
-    that loss Hinton's, as in the paper.
+    that loss Hinton's, as in the paper. Of texts each token that is no padding counts as an example.
 
     Args:
         model: The student.
@@ -82,13 +81,12 @@ class AB(Distillation, name="ab", config=ABConfig, scenario=SingleTask):
 
     def __init__(self, model: TransferModel, teacher: Teacher, task: str | None = None, **config: Any) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        self.pairs = self.pair(self.config.pairs)
+        self.pairs = self.pair(self.config.pairs, texts=True)
         self.layers, self.reads = (), ()  # the second stage reads no maps
-        like = next(model.heads[self.task].parameters())
         widths = [(pair.own.channels, pair.theirs.channels) for pair in self.pairs.pairs]
         self.connectors = nn.ModuleList(
             nn.Sequential(nn.Conv2d(own, wide, 1, bias=False), nn.BatchNorm2d(wide)) for own, wide in widths
-        ).to(like)
+        ).to(self.like)
 
     def groups(self) -> dict[str, list[dict[str, Any]]]:
         """`model`: the student, and `boundary`: the student without its head, and the connectors."""

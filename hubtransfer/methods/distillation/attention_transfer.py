@@ -8,15 +8,15 @@ import torch
 
 from hubtransfer.data import Batch, SingleTask
 from hubtransfer.functional.attention import attention_distance
-from hubtransfer.functional.layer_pairs import check_pairs
-from hubtransfer.functional.maps import same_size
+from hubtransfer.functional.layer_pairs import Pairs
 from hubtransfer.methods.distil import Distillation
+from hubtransfer.methods.feature_pairs import PairsConfig
 from hubtransfer.methods.update import Terms
 from hubtransfer.models import Teacher, TransferModel, TransferModelOutput
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionTransferConfig:
+class AttentionTransferConfig(PairsConfig):
     """Hyper-parameters of `AttentionTransfer`.
 
     Attributes:
@@ -24,13 +24,13 @@ class AttentionTransferConfig:
             squared norm; for `form="paper"` begin near 0.1 to 10.
         power: p > 1 of the attention; the larger, the more the most active places count.
         form: "code" (mean square) or "paper" (half the norm).
-        pairs: Rule or pairs (teacher's layer, student's layer) by name; "1:layer" is a layer of teacher number 1.
+        pairs: See `PairsConfig`.
     """
 
     beta: float = 1000.0
     power: float = 2.0
     form: Literal["paper", "code"] = "code"
-    pairs: Literal["single", "one_to_one", "all_to_all"] | tuple[tuple[str, str], ...] = "one_to_one"
+    pairs: Pairs = "one_to_one"
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -38,13 +38,11 @@ class AttentionTransferConfig:
         Raises:
             ValueError: naming the field and what it may be.
         """
-        if self.beta < 0:
-            raise ValueError(f"beta must not be negative, got {self.beta}")
+        super().__post_init__()
         if self.power <= 1:
             raise ValueError(f"power must be larger than 1, got {self.power}")
         if self.form not in ("paper", "code"):
             raise ValueError(f"form must be 'paper' or 'code', got {self.form!r}")
-        check_pairs(self.pairs)
 
 
 class AttentionTransfer(Distillation, name="attention_transfer", config=AttentionTransferConfig, scenario=SingleTask):
@@ -85,10 +83,7 @@ class AttentionTransfer(Distillation, name="attention_transfer", config=Attentio
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:
         """Returns the weighted sum over pairs: the scalar `attention`."""
-        assert student.features is not None
         power, form = self.config.power, self.config.form
-        distances = []
-        for there, here in zip(self.pairs.teacher_maps(batch), self.pairs.own_maps(student.features.maps, batch)):
-            there, here = same_size(there, here)
-            distances.append(attention_distance(here, there, power, form))
+        both = self.pairs.maps(student, batch)
+        distances = [attention_distance(here, there, power, form) for there, here in both]
         return {"attention": self.config.beta * (0.5 if form == "paper" else 1.0) * torch.stack(distances).sum()}

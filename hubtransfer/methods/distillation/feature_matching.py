@@ -2,42 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from hubtransfer.data import Batch, SingleTask
-from hubtransfer.functional.layer_pairs import check_pairs
-from hubtransfer.functional.maps import same_size
 from hubtransfer.methods.distil import Distillation
+from hubtransfer.methods.feature_pairs import PairsConfig
 from hubtransfer.methods.update import Terms
 from hubtransfer.models import Teacher, TransferModel, TransferModelOutput
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureMatchingConfig:
-    """Hyper-parameters of `FeatureMatching`.
-
-    Attributes:
-        beta: Weight of the term.
-        pairs: "single" (last layers), "one_to_one" (stages of equal size), "all_to_all", or pairs (teacher's layer,
-            student's layer) by name; "1:layer" is a layer of teacher number 1.
-    """
+class FeatureMatchingConfig(PairsConfig):
+    """Hyper-parameters of `FeatureMatching`: `beta`, weight of the term, and `pairs` of layers (see `PairsConfig`)."""
 
     beta: float = 0.5
-    pairs: Literal["single", "one_to_one", "all_to_all"] | tuple[tuple[str, str], ...] = "single"
-
-    def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ValueError: naming the field and what it may be.
-        """
-        if self.beta < 0:
-            raise ValueError(f"beta must not be negative, got {self.beta}")
-        check_pairs(self.pairs)
 
 
 class FeatureMatching(Distillation, name="feature_matching", config=FeatureMatchingConfig, scenario=SingleTask):
@@ -48,7 +29,8 @@ class FeatureMatching(Distillation, name="feature_matching", config=FeatureMatch
 
     with source maps S and student maps T, (batch, channels, height, width), and a 1x1 convolution r to the source's C
     channels; the mean over the batch. It is L2T-ww with equal channel weights and every pair weight 1. Of two maps of
-    unequal size the larger is average-pooled to the smaller.
+    unequal size the larger is average-pooled to the smaller. Of texts each token that is no padding counts as an
+    example, its map 1 x 1.
 
     Args:
         model: The student.
@@ -73,16 +55,11 @@ class FeatureMatching(Distillation, name="feature_matching", config=FeatureMatch
         self, model: TransferModel, teacher: Teacher | Sequence[Teacher], task: str | None = None, **config: Any
     ) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        self.pairs = self.pair(self.config.pairs)
-        match = [nn.Conv2d(pair.own.channels, pair.theirs.channels, 1) for pair in self.pairs.pairs]
-        self.match = nn.ModuleList(match).to(next(model.heads[self.task].parameters()))
+        self.pairs = self.pair(self.config.pairs, texts=True)
+        self.match = self.pairs.regressors(self.like)
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:
         """Returns the weighted sum over pairs: the scalar `match`."""
-        assert student.features is not None
-        distances = []
-        both = zip(self.pairs.teacher_maps(batch), self.pairs.own_maps(student.features.maps, batch))
-        for (there, here), match in zip(both, self.match):
-            there, here = same_size(there, here)
-            distances.append(F.mse_loss(match(here), there))
+        both = zip(self.pairs.maps(student, batch), self.match)
+        distances = [F.mse_loss(match(here), there) for (there, here), match in both]
         return {"match": self.config.beta * torch.stack(distances).sum()}

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hubtransfer.data import Batch, SingleTask
-from hubtransfer.functional.layer_pairs import check_pairs
-from hubtransfer.functional.maps import same_size
+from hubtransfer.functional.layer_pairs import Pairs, check_pairs
 from hubtransfer.methods.distil import Distillation
 from hubtransfer.methods.feature_pairs import FeaturePairs, Pair
 from hubtransfer.methods.stage import Stage
@@ -26,7 +25,7 @@ class FitNetConfig:
         stages: "two" (the hint first, then the task) or "one" (both together).
         beta: Weight of the hint beside the labels, for one stage; the first of two stages has the hint alone.
         hint_epochs: Length of the first of two stages (default: as long as the second).
-        where: "maps", or "pooled" features, which texts have as well.
+        where: "maps" or "pooled" features.
         pairs: "middle" (one pair, the paper's), any rule, or pairs (teacher's layer, student's layer) by name.
             "one_to_one" is full activation transfer.
     """
@@ -35,7 +34,7 @@ class FitNetConfig:
     beta: float = 100.0
     hint_epochs: float | None = None
     where: Literal["maps", "pooled"] = "maps"
-    pairs: Literal["middle", "single", "one_to_one", "all_to_all"] | tuple[tuple[str, str], ...] = "middle"
+    pairs: Literal["middle"] | Pairs = "middle"
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -61,8 +60,9 @@ class FitNet(Distillation, name="fitnet", config=FitNetConfig, scenario=SingleTa
        \text{ with one stage}]
 
     with the teacher's maps u_h and the student's v_g, (batch, channels, height, width), or (batch, dim) for vectors,
-    and a regressor r, a 1x1 convolution (linear for vectors) to the teacher's C channels; the mean over the batch. Add
-    `KD` for the paper's second stage: `FitNet(...) + KD(...)` trains the hint, then the labels and the soft targets.
+    and a regressor r, a 1x1 convolution (linear for vectors) to the teacher's C channels; the mean over the batch. Of
+    texts each token that is no padding counts as an example, its map 1 x 1. Add `KD` for the paper's second stage:
+    `FitNet(...) + KD(...)` trains the hint, then the labels and the soft targets.
 
     Args:
         model: The student.
@@ -89,17 +89,14 @@ class FitNet(Distillation, name="fitnet", config=FitNetConfig, scenario=SingleTa
         self, model: TransferModel, teacher: Teacher | Sequence[Teacher], task: str | None = None, **config: Any
     ) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        like = next(model.heads[self.task].parameters())
         self.hint_layers: tuple[str, ...] = ()
         if self.config.where == "maps":
-            rule = self._middle() if self.config.pairs == "middle" else self.config.pairs
-            self.pairs = self.pair(rule)
+            self.pairs = self.pair(self._middle() if self.config.pairs == "middle" else self.config.pairs, texts=True)
             self.hint_layers = self.layers
-            match: list[nn.Module] = [nn.Conv2d(p.own.channels, p.theirs.channels, 1) for p in self.pairs.pairs]
+            self.match = self.pairs.regressors(self.like)
         else:
             dims = [teacher.model.backbone.dim for teacher in self.teachers]
-            match = [nn.Linear(model.backbone.dim, dim) for dim in dims]
-        self.match = nn.ModuleList(match).to(like)
+            self.match = nn.ModuleList(nn.Linear(model.backbone.dim, dim) for dim in dims).to(self.like)
         if self.config.stages == "two":
             self.layers, self.reads = (), ()  # what comes after the hint reads no maps
 
@@ -126,8 +123,7 @@ class FitNet(Distillation, name="fitnet", config=FitNetConfig, scenario=SingleTa
     def _distance(self, student: TransferModelOutput, batch: Batch) -> Tensor:
         assert student.features is not None
         if self.config.where == "maps":
-            both = zip(self.pairs.teacher_maps(batch), self.pairs.own_maps(student.features.maps, batch))
-            pairs = [same_size(there, here) for there, here in both]
+            pairs = self.pairs.maps(student, batch)
         else:
             pairs = [(teacher(batch).features.pooled, student.features.pooled) for teacher in self.teachers]
         return torch.stack([F.mse_loss(match(s), t) for (t, s), match in zip(pairs, self.match)]).sum()
@@ -135,7 +131,7 @@ class FitNet(Distillation, name="fitnet", config=FitNetConfig, scenario=SingleTa
     def _middle(self) -> list[tuple[str, str]]:
         """For each teacher the pair of layers in the middle of those that belong together."""
         found: dict[int, list[Pair]] = {}
-        for pair in FeaturePairs(self.model.backbone, list(self.teachers), "one_to_one").pairs:
+        for pair in FeaturePairs(self.model.backbone, list(self.teachers), "one_to_one", texts=True).pairs:
             found.setdefault(pair.teacher, []).append(pair)
         middle = {k: pairs[(len(pairs) - 1) // 2] for k, pairs in found.items()}
         return [(f"{k}:{pair.theirs.name}", pair.own.name) for k, pair in middle.items()]

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from hubtransfer.data import Batch, SingleTask
-from hubtransfer.functional.layer_pairs import check_pairs
+from hubtransfer.functional.layer_pairs import NamedPairs
 from hubtransfer.functional.map_statistics import flow
 from hubtransfer.functional.maps import same_size
 from hubtransfer.methods.distil import Distillation
+from hubtransfer.methods.feature_pairs import PairsConfig
 from hubtransfer.methods.update import Terms
 from hubtransfer.models import Teacher, TransferModel, TransferModelOutput
 
 
 @dataclass(frozen=True, kw_only=True)
-class FSPConfig:
+class FSPConfig(PairsConfig):
     """Hyper-parameters of `FSP`.
 
     Attributes:
@@ -28,7 +29,7 @@ class FSPConfig:
     """
 
     beta: float = 50.0
-    pairs: Literal["one_to_one"] | tuple[tuple[str, str], ...] = "one_to_one"
+    pairs: Literal["one_to_one"] | NamedPairs = "one_to_one"
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -36,9 +37,7 @@ class FSPConfig:
         Raises:
             ValueError: naming the field and what it may be.
         """
-        if self.beta < 0:
-            raise ValueError(f"beta must not be negative, got {self.beta}")
-        check_pairs(self.pairs)
+        super().__post_init__()
         if self.pairs in ("single", "all_to_all"):
             raise ValueError(f"pairs must be 'one_to_one' or pairs of layer names in order, got {self.pairs!r}")
 
@@ -90,7 +89,7 @@ class FSP(Distillation, name="fsp", config=FSPConfig, scenario=SingleTask):
             nn.Identity() if p.own.channels == p.theirs.channels else nn.Conv2d(p.own.channels, p.theirs.channels, 1)
             for p in self.pairs.pairs
         ]
-        self.projections = nn.ModuleList(projections).to(next(model.heads[self.task].parameters()))
+        self.projections = nn.ModuleList(projections).to(self.like)
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:
         """Returns the weighted sum over flows: the scalar `flow`."""

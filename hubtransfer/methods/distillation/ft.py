@@ -2,37 +2,36 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from hubtransfer.data import Batch, SingleTask
-from hubtransfer.functional.layer_pairs import check_pairs
+from hubtransfer.functional.factors import factor_distance
 from hubtransfer.functional.maps import same_size
-from hubtransfer.functional.precision import in_full_precision
 from hubtransfer.methods.distil import Distillation
+from hubtransfer.methods.feature_pairs import PairsConfig
 from hubtransfer.methods.stage import Stage
 from hubtransfer.methods.update import Descend, Terms
 from hubtransfer.models import Teacher, TransferModel, TransferModelOutput
 
 
 @dataclass(frozen=True, kw_only=True)
-class FTConfig:
+class FTConfig(PairsConfig):
     """Hyper-parameters of `FT`.
 
     Attributes:
         beta: Weight of the term.
         rate: k, a factor's channels over the teacher's.
         paraphrase_epochs: Length of the first stage (default: as long as the second).
-        pairs: Rule or pairs (teacher's layer, student's layer) by name; "1:layer" is a layer of teacher number 1.
+        pairs: See `PairsConfig`.
     """
 
     beta: float = 500.0
     rate: float = 0.5
     paraphrase_epochs: float | None = None
-    pairs: Literal["single", "one_to_one", "all_to_all"] | tuple[tuple[str, str], ...] = "single"
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -40,13 +39,11 @@ class FTConfig:
         Raises:
             ValueError: naming the field and what it may be.
         """
-        if self.beta < 0:
-            raise ValueError(f"beta must not be negative, got {self.beta}")
+        super().__post_init__()
         if self.rate <= 0:
             raise ValueError(f"rate must be positive, got {self.rate}")
         if self.paraphrase_epochs is not None and self.paraphrase_epochs <= 0:
             raise ValueError(f"paraphrase_epochs must be positive, got {self.paraphrase_epochs}")
-        check_pairs(self.pairs)
 
 
 class FT(Distillation, name="ft", config=FTConfig, scenario=SingleTask):
@@ -58,7 +55,8 @@ class FT(Distillation, name="ft", config=FTConfig, scenario=SingleTask):
     with the teacher's maps x and the student's s, (batch, channels, height, width), and factors F of `rate` times the
     teacher's channels, flattened for the norms. Paraphraser P, its decoder D and translator R are three 3x3
     convolutions each. Both losses are means over the batch and over entries. The first stage trains P and D alone,
-    without labels; the second R and the student.
+    without labels; the second R and the student. Of texts each token that is no padding counts as an example, its map
+    1 x 1 and so are the kernels.
 
     Args:
         model: The student.
@@ -85,13 +83,13 @@ class FT(Distillation, name="ft", config=FTConfig, scenario=SingleTask):
         self, model: TransferModel, teacher: Teacher | Sequence[Teacher], task: str | None = None, **config: Any
     ) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        self.pairs = self.pair(self.config.pairs)
-        like = next(model.heads[self.task].parameters())
-        widths = [(pair.theirs.channels, pair.own.channels) for pair in self.pairs.pairs]
-        factors = [max(1, round(self.config.rate * wide)) for wide, _ in widths]
-        self.paraphrasers = nn.ModuleList(_encoder(wide, k) for (wide, _), k in zip(widths, factors)).to(like)
-        self.decoders = nn.ModuleList(_decoder(k, wide) for (wide, _), k in zip(widths, factors)).to(like)
-        self.translators = nn.ModuleList(_encoder(own, k) for (_, own), k in zip(widths, factors)).to(like)
+        self.pairs = self.pair(self.config.pairs, texts=True)
+        side = 1 if model.backbone.modality == "text" else 3
+        wide, own = ([getattr(pair, who).channels for pair in self.pairs.pairs] for who in ("theirs", "own"))
+        factors = [max(1, round(self.config.rate * channels)) for channels in wide]
+        self.paraphrasers = nn.ModuleList(_encoder(c, k, side) for c, k in zip(wide, factors)).to(self.like)
+        self.decoders = nn.ModuleList(_decoder(k, c, side) for c, k in zip(wide, factors)).to(self.like)
+        self.translators = nn.ModuleList(_encoder(c, k, side) for c, k in zip(own, factors)).to(self.like)
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Returns the translators' parameters."""
@@ -123,18 +121,13 @@ class FT(Distillation, name="ft", config=FTConfig, scenario=SingleTask):
         yield Stage("paraphrase", scenario.train_source, [learn], epochs=self.config.paraphrase_epochs)
 
 
-@in_full_precision
-def factor_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Returns the mean absolute difference of factors (batch, ...), each example's scaled to length 1."""
-    return (F.normalize(student.flatten(1)) - F.normalize(teacher.flatten(1))).abs().mean()
-
-
-def _encoder(wide: int, factor: int) -> nn.Sequential:
+def _encoder(wide: int, factor: int, side: int) -> nn.Sequential:
     widths = ((wide, wide), (wide, factor), (factor, factor))
-    return nn.Sequential(*(m for a, b in widths for m in (nn.Conv2d(a, b, 3, padding=1), nn.LeakyReLU(0.1))))
+    layers = [m for a, b in widths for m in (nn.Conv2d(a, b, side, padding=side // 2), nn.LeakyReLU(0.1))]
+    return nn.Sequential(*layers)
 
 
-def _decoder(factor: int, wide: int) -> nn.Sequential:
+def _decoder(factor: int, wide: int, side: int) -> nn.Sequential:
     widths = ((factor, factor), (factor, wide), (wide, wide))
-    layers = [m for a, b in widths for m in (nn.ConvTranspose2d(a, b, 3, padding=1), nn.LeakyReLU(0.1))]
+    layers = [m for a, b in widths for m in (nn.ConvTranspose2d(a, b, side, padding=side // 2), nn.LeakyReLU(0.1))]
     return nn.Sequential(*layers[:-1])

@@ -1,9 +1,8 @@
 """Jacobian matching (Srinivas and Fleuret, 2018)."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 from hubtransfer.data import Batch, SingleTask
 from hubtransfer.functional.attention import attention, attention_distance
 from hubtransfer.functional.jacobians import direction_distance, input_gradient
-from hubtransfer.functional.layer_pairs import check_pairs
-from hubtransfer.functional.maps import same_size
+from hubtransfer.functional.layer_pairs import Pairs, check_pairs
 from hubtransfer.functional.precision import in_full_precision
+from hubtransfer.functional.second_order import twice_differentiable
 from hubtransfer.methods.distil import Distillation
+from hubtransfer.methods.evaluating import evaluating
 from hubtransfer.methods.update import Terms
 from hubtransfer.models import Teacher, TransferModel, TransferModelOutput
 
@@ -28,13 +28,13 @@ class JacobianConfig:
         activations: Weight of the squared distance of maps, the student's through a 1x1 convolution.
         attention: Weight of the distance of attention maps, as in `AttentionTransfer` (`form="code"`).
         jacobians: Weight of the distance of Jacobians.
-        pairs: Rule or pairs (teacher's layer, student's layer) by name; "1:layer" is a layer of teacher number 1.
+        pairs: See `PairsConfig`.
     """
 
     activations: float = 0.0
     attention: float = 1000.0
     jacobians: float = 1.0
-    pairs: Literal["single", "one_to_one", "all_to_all"] | tuple[tuple[str, str], ...] = "single"
+    pairs: Pairs = "single"
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -87,16 +87,12 @@ class Jacobian(Distillation, name="jacobian", config=JacobianConfig, scenario=Si
     ) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
         self.pairs = self.pair(self.config.pairs)
-        pairs = self.pairs.pairs if self.config.activations else []
-        match = [nn.Conv2d(pair.own.channels, pair.theirs.channels, 1) for pair in pairs]
-        self.match = nn.ModuleList(match).to(next(model.heads[self.task].parameters()))
+        self.match = self.pairs.regressors(self.like) if self.config.activations else nn.ModuleList()
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:
         """Returns those of `activations`, `attention` and `jacobians` that have a weight, each summed over pairs."""
-        assert student.features is not None
         config, terms = self.config, {}
-        maps = self.pairs.own_maps(student.features.maps, batch) if config.activations or config.attention else []
-        both = [same_size(*pair) for pair in zip(self.pairs.teacher_maps(batch), maps)] if maps else []
+        both = self.pairs.maps(student, batch) if config.activations or config.attention else []
         if config.activations:
             squares = [F.mse_loss(match(here), there) for (there, here), match in zip(both, self.match)]
             terms["activations"] = config.activations * torch.stack(squares).sum()
@@ -113,7 +109,7 @@ class Jacobian(Distillation, name="jacobian", config=JacobianConfig, scenario=Si
     def own_jacobians(self, batch: Batch) -> list[Tensor]:
         """Returns the student's Jacobian of each pair, (batch, channels, height, width), with its graph."""
         images = batch.inputs["pixel_values"].detach().requires_grad_()
-        with _evaluating(self.model):
+        with evaluating(self.model), twice_differentiable():
             output = self.model(**{**batch.inputs, "pixel_values": images}, task=self.task, layers=self.pairs.layers)
         maps = self.pairs.own_maps(output.features.maps, batch)
         return [input_gradient(_peak(each), images, create_graph=True) for each in maps]
@@ -134,16 +130,3 @@ class Jacobian(Distillation, name="jacobian", config=JacobianConfig, scenario=Si
 @in_full_precision
 def _peak(maps: Tensor) -> Tensor:
     return attention(maps).flatten(1).amax(1)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, then each module as it was."""
-    before = [(each, each.training) for each in module.modules()]
-    try:
-        for each, _ in before:
-            each.training = False
-        yield
-    finally:
-        for each, mode in before:
-            each.training = mode

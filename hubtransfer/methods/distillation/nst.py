@@ -2,40 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from hubtransfer.data import Batch, SingleTask
-from hubtransfer.functional.layer_pairs import check_pairs
 from hubtransfer.functional.map_statistics import channel_mmd
-from hubtransfer.functional.maps import same_size
 from hubtransfer.methods.distil import Distillation
+from hubtransfer.methods.feature_pairs import PairsConfig
 from hubtransfer.methods.update import Terms
 from hubtransfer.models import Teacher, TransferModel, TransferModelOutput
 
 
 @dataclass(frozen=True, kw_only=True)
-class NSTConfig:
-    """Hyper-parameters of `NST`.
-
-    Attributes:
-        beta: lambda, twice the weight of the term.
-        pairs: Rule or pairs (teacher's layer, student's layer) by name; "1:layer" is a layer of teacher number 1.
-    """
+class NSTConfig(PairsConfig):
+    """Hyper-parameters of `NST`: `beta`, lambda, twice the weight of the term, and `pairs` (see `PairsConfig`)."""
 
     beta: float = 50.0
-    pairs: Literal["single", "one_to_one", "all_to_all"] | tuple[tuple[str, str], ...] = "single"
-
-    def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ValueError: naming the field and what it may be.
-        """
-        if self.beta < 0:
-            raise ValueError(f"beta must not be negative, got {self.beta}")
-        check_pairs(self.pairs)
 
 
 class NST(Distillation, name="nst", config=NSTConfig, scenario=SingleTask):
@@ -75,9 +58,5 @@ class NST(Distillation, name="nst", config=NSTConfig, scenario=SingleTask):
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:
         """Returns the weighted sum over pairs: the scalar `selectivity`."""
-        assert student.features is not None
-        distances = []
-        for there, here in zip(self.pairs.teacher_maps(batch), self.pairs.own_maps(student.features.maps, batch)):
-            there, here = same_size(there, here)
-            distances.append(channel_mmd(here, there))
+        distances = [channel_mmd(here, there) for there, here in self.pairs.maps(student, batch)]
         return {"selectivity": self.config.beta / 2 * torch.stack(distances).sum()}

@@ -1,17 +1,17 @@
 """Sobolev training (Czarnecki et al., 2017)."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hubtransfer.data import Batch, SingleTask
 from hubtransfer.functional.distributions import softened_kl
 from hubtransfer.functional.projections import derivative_distance, unit_directions
+from hubtransfer.functional.second_order import twice_differentiable
 from hubtransfer.methods.distil import Distillation
+from hubtransfer.methods.evaluating import evaluating
 from hubtransfer.methods.update import Terms
 from hubtransfer.models import Teacher, TransferModel, TransferModelOutput
 
@@ -84,7 +84,7 @@ class Sobolev(Distillation, name="sobolev", config=SobolevConfig, scenario=Singl
         self.teacher = teacher.same_classes_as(model, self.task)
         if model.backbone.modality == "text":
             raise ValueError(
-                "Sobolev compares derivatives in the input, and token ids have none; use a student of images"
+                "Sobolev compares derivatives in the input, and a text's token ids have none; use a student of images"
             )
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:
@@ -99,22 +99,10 @@ class Sobolev(Distillation, name="sobolev", config=SobolevConfig, scenario=Singl
         return found
 
     def _derivatives(self, batch: Batch) -> Tensor:
-        with torch.enable_grad(), evaluating(self.model):
+        with torch.enable_grad(), evaluating(self.model), twice_differentiable():
             x = batch.inputs["pixel_values"].detach().requires_grad_()
             inputs = {**batch.inputs, "pixel_values": x}
             own = self.model(**inputs, task=self.task).logits.log_softmax(1)
             there = self.teacher.model(**self.teacher.inputs(inputs), task=self.teacher.task).logits.log_softmax(1)
             directions = unit_directions(self.config.projections, own)
             return derivative_distance(there, own, x, directions)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts a module into evaluation mode, and every part back into the mode it had."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from hubtransfer.data import Batch, SingleTask
+from hubtransfer.functional.layer_pairs import Pairs, check_pairs
 from hubtransfer.functional.relations import gram_distance
 from hubtransfer.methods.distil import Distillation
 from hubtransfer.methods.pooled_pair import pooled_pair
@@ -24,7 +25,7 @@ class SPConfig:
     """
 
     weight: float = 3000.0
-    pairs: Literal["pooled", "single", "one_to_one", "all_to_all"] | tuple[tuple[str, str], ...] = "pooled"
+    pairs: Literal["pooled"] | Pairs = "pooled"
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -34,9 +35,7 @@ class SPConfig:
         """
         if self.weight < 0:
             raise ValueError(f"weight must not be negative, got {self.weight}")
-        rules = ("pooled", "single", "one_to_one", "all_to_all")
-        if not self.pairs or (isinstance(self.pairs, str) and self.pairs not in rules):
-            raise ValueError(f"pairs must be one of {rules} or pairs of layer names, got {self.pairs!r}")
+        check_pairs(self.pairs, "pooled")
 
 
 class SP(Distillation, name="sp", config=SPConfig, scenario=SingleTask):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from hubtransfer.data import SingleTask
-from hubtransfer.methods.distillation.vid import VID, surprise
+from hubtransfer.methods.distillation.vid import VID
 from hubtransfer.models import Teacher
 from tests.methods.steps import assert_same_parameters, batches, changed, clone, run, snapshot
 from tests.tiny import batch, tiny_data, tiny_model
@@ -25,26 +25,6 @@ def example(dtype=torch.float32, seed=0, n=24):
     return make(dtype, seed), SingleTask(train=data, evaluation=data)
 
 
-def test_surprise_by_hand():
-    # Two channels, differences 2 and 0, variances 4 and e: (ln 4 + 4/4) / 2 and (1 + 0) / 2, their mean.
-    target = torch.tensor([2.0, 7.0]).view(1, 2, 1, 1).expand(3, 2, 2, 2)
-    mean = torch.tensor([0.0, 7.0]).view(1, 2, 1, 1).expand(3, 2, 2, 2)
-    expected = ((math.log(4) + 1) / 2 + 0.5) / 2
-    assert surprise(target, mean, torch.tensor([4.0, math.e])).item() == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 2, 5), (3, 4)])
-def test_surprise_equals_torchs_gaussian_likelihood(shape):
-    torch.manual_seed(0)
-    target, mean = torch.randn(shape).double(), torch.randn(shape).double().requires_grad_()
-    variance = torch.rand(4).double().add(0.1).requires_grad_()
-    full = variance.view(1, 4, *[1] * (len(shape) - 2)).expand(shape)
-    one, two = surprise(target, mean, variance), F.gaussian_nll_loss(mean, target, full)
-    assert one.item() == pytest.approx(two.item(), abs=1e-12)
-    for a, b in zip(*(torch.autograd.grad(value, (mean, variance)) for value in (one, two))):
-        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
-
-
 @pytest.mark.parametrize("where", ["maps", "pooled", "logits"])
 def test_every_variance_starts_as_said_and_learns(where):
     method = make(where=where, variance=3.0)
@@ -55,15 +35,6 @@ def test_every_variance_starts_as_said_and_learns(where):
     moved = changed(before, method)
     assert {name for name in before if name.startswith(("rho.", "means."))} <= moved
     assert [len(v) for v in method.variances()] == {"maps": [8, 16], "pooled": [16], "logits": [5]}[where]
-
-
-def test_the_best_variance_is_the_mean_square():
-    """Minimised over sigma^2, the bound's variance is the error that mu leaves: 0 slope there."""
-    torch.manual_seed(0)
-    target, mean = torch.randn(6, 3, 4, 4).double(), torch.randn(6, 3, 4, 4).double()
-    variance = (target - mean).square().mean((0, 2, 3)).requires_grad_()
-    (slope,) = torch.autograd.grad(surprise(target, mean, variance), variance)
-    torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-12, rtol=0)
 
 
 def test_steps_equal_a_plain_loop():
