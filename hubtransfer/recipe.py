@@ -17,7 +17,7 @@ classes, label names, the name of the only task) is filled in from the data.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import reduce
 from operator import add
@@ -208,7 +208,7 @@ def build(recipe: Recipe | str | PathLike[str] | Mapping[str, Any], seed: int | 
     arguments = _arguments(recipe, seed)
     named = recipe.method.get("task") or (next(iter(recipe.model.tasks)) if len(recipe.model.tasks) == 1 else None)
     main = next((part for part in parts if not part.learns), parts[0])
-    scenario = build_scenario(recipe.data, main.cls.scenario, task=named)
+    scenario = build_scenario(recipe.data, main.cls.scenario, task=named, seed=seed)
     _seed_everything(seed)
     model = build_model(recipe.model, scenario)
     taught: dict[str, Any] = {}
@@ -290,11 +290,11 @@ def _head(section: Mapping[str, Any] | str, task: str, scenario: Any) -> HeadCon
         source = _source_of(task, scenario)
         if source is None:
             raise ValueError(f"{where} lacks the key {missing[0]!r}, and no data set of the recipe belongs to {task!r}")
-        given |= _facts(missing[0], task, source, named="labels" in given)
+        given |= _facts(missing[0], task, source, "labels" in given, _labelled(scenario))
     return from_dict(cls, given, where)
 
 
-def _facts(key: str, task: str, source: Source, named: bool) -> dict[str, Any]:
+def _facts(key: str, task: str, source: Source, named: bool, others: Sequence[Source]) -> dict[str, Any]:
     columns = source.fields.labels
     column = columns.get(task) if isinstance(columns, Mapping) else columns
     if column is None:
@@ -309,8 +309,10 @@ def _facts(key: str, task: str, source: Source, named: bool) -> dict[str, Any]:
         return {key: len(names)} | ({} if named else {"labels": [str(name) for name in names]})
     if labels is None:
         raise ValueError(f"{source.where}: the number of classes is not known without reading it: give {key!r}")
-    real = labels[(labels >= 0) & (labels != 255)] if labels.ndim > 1 else labels[labels >= 0]
-    return {key: int(real.max()) + 1}
+    alike = [one for one in others if one.task == source.task and one.fields.labels == column]  # classes in portions
+    every = [labels, *(found for one in alike if (found := one.table.labels(column)) is not None)]
+    real = [found[(found >= 0) & (found != 255)] if found.ndim > 1 else found[found >= 0] for found in every]
+    return {key: max(int(found.max()) for found in real) + 1}
 
 
 def _labelled(scenario: Any) -> list[Source]:

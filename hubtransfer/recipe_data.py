@@ -7,7 +7,8 @@ keys                                                  scenario
 ``source``, ``target``                                ``DomainPair``
 ``tasks: {task: data set}`` (and ``mixing``), or      ``MultiTask``
 ``labels: {task: column}`` (and ``labelled``)
-``stream: [data set, ...]``, ``kind``                 ``TaskStream``
+``stream: [data set, ...]``, ``kind``                 ``TaskStream``, see ``recipe_streams``; with ``blur`` one
+                                                      ``DataStream``
 ====================================================  ==================================================
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from hubtransfer.config import convert, from_dict, unknown_name
 from hubtransfer.data import (
@@ -33,6 +34,7 @@ from hubtransfer.data import (
 )
 from hubtransfer.data.draws import keep_labels
 from hubtransfer.data.sources import Columns
+from hubtransfer.recipe_streams import Row, build_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,19 +95,24 @@ class DataSet:
         return found or None
 
 
-def build_scenario(section: Mapping[str, Any], wanted: type | tuple[type, ...], task: str | None = None) -> Any:
+def build_scenario(
+    section: Mapping[str, Any], wanted: type | tuple[type, ...], task: str | None = None, seed: int = 0
+) -> Any:
     """The scenario that a recipe's data section describes.
 
     Args:
         section: the recipe's ``data``.
         wanted: scenario class, or classes, of the method.
         task: task of the model, where the section names none.
+        seed: of what a stream of tasks draws, where the section has none.
 
     Raises:
         ValueError: an unknown key, or a form that the method does not train on.
     """
     wanted = wanted if isinstance(wanted, tuple) else (wanted,)
-    made = _build(dict(section), wanted, task)
+    made = _build(dict(section), wanted, task, seed)
+    if isinstance(made, DataStream) and DataStream not in wanted and TaskStream in wanted:
+        made = TaskStream([replace(made, name=made.name or "stream")], kind="domain", name=made.name)
     if not isinstance(made, wanted):
         forms = " or ".join(FORMS.get(w.__name__, w.__name__) for w in wanted)
         raise ValueError(f"data describes a {type(made).__name__}, but the method needs {forms}")
@@ -117,7 +124,7 @@ FORMS = {
     "DataStream": "one data set (data: {name: ...})",
     "DomainPair": "two domains (data: {source: {...}, target: {...}})",
     "MultiTask": "several tasks (data: {tasks: {left: {...}, right: {...}}})",
-    "TaskStream": "tasks in a row (data: {stream: [{...}, {...}], kind: task})",
+    "TaskStream": "tasks in a row (data: {stream: [{...}, {...}], kind: task}, or {stream: {permuted: {...}}})",
 }
 
 
@@ -136,20 +143,13 @@ class _Many:
     mixing: Mixing | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    stream: tuple[Mapping[str, Any] | str, ...]
-    kind: Literal["task", "class", "domain"] = "task"
-    name: str | None = None
-
-
-def _build(section: dict[str, Any], wanted: Sequence[type], task: str | None) -> Any:
+def _build(section: dict[str, Any], wanted: Sequence[type], task: str | None, seed: int) -> Any:
     if "source" in section or "target" in section:
         return _pair(from_dict(_Pair, section, "data"), task)
     if "tasks" in section:
         return _many(from_dict(_Many, section, "data"))
     if "stream" in section:
-        return _row(from_dict(_Row, section, "data"))
+        return build_row(from_dict(Row, section, "data"), DataSet.read, seed)
     if "labels" in section:
         labels, labelled = section.pop("labels"), section.pop("labelled", {})
         if not isinstance(labels, Mapping):
@@ -228,12 +228,3 @@ def _many(many: _Many) -> MultiTask:
         name=many.name,
         mixing=many.mixing,
     )
-
-
-def _row(row: _Row) -> TaskStream:
-    items = [DataSet.read(data, f"data.stream[{i}]") for i, data in enumerate(row.stream)]
-    names = [one.name for one in items]
-    tasks = [_single(one, SingleTask, None) for one in items]
-    if len(set(names)) < len(names):  # the same set in several versions: number them
-        tasks = [replace(task, name=f"{i}-{task.name}") for i, task in enumerate(tasks, 1)]
-    return TaskStream(tasks, kind=row.kind, name=row.name)

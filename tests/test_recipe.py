@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from hubtransfer import config, experiment, recipe
 from hubtransfer.commands import tables
-from hubtransfer.data import DomainPair, MultiTask, SingleTask, TaskStream
+from hubtransfer.data import DataStream, DomainPair, MultiTask, SingleTask, TaskStream
 from hubtransfer.recipe_data import build_scenario
 from hubtransfer.training import Trainer
 
@@ -77,6 +78,44 @@ def test_every_form_of_data_gives_its_scenario() -> None:
     alone = build_scenario({**DATA, "evaluation": False}, SingleTask)
     assert alone.evaluations() == {}
     assert len(alone.train_source.table) == 24
+
+
+def test_one_data_set_becomes_a_stream_of_tasks() -> None:
+    def first_origin(stream: TaskStream) -> list[int]:
+        return stream[0].train_source.table.origin.tolist()
+
+    permuted = build_scenario({"stream": {"permuted": {**DATA, "tasks": 3}}}, TaskStream, seed=1)
+    assert [item.name for item in permuted] == ["permuted-1", "permuted-2", "permuted-3"]
+    assert permuted.kind == "domain"
+    assert len(permuted[0].train_source.table) == 24
+    again = build_scenario({"stream": {"permuted": {**DATA, "seed": 1}}}, TaskStream, seed=2)
+    assert first_origin(again) == first_origin(permuted), "the stream's own seed goes before the run's"
+    assert len(again) == 20
+    turned = build_scenario({"stream": {"rotated": {**DATA, "tasks": 2, "max_angle": 90}}}, TaskStream)
+    assert len(turned) == 2
+    split = build_scenario({"stream": {"split": {**DATA, "classes": 5}}, "kind": "task"}, TaskStream)
+    assert [item.task for item in split] == ["0-1-2-3-4", "5-6-7-8-9"]
+    blurred = {"stream": {"split": {**DATA, "classes": 5}}, "blur": 0.1}
+    assert len(build_scenario(blurred, DataStream).train_source.table) == 24
+    assert [item.name for item in build_scenario(blurred, TaskStream)] == ["digits"], "one task without a boundary"
+    for section, message in (
+        ({"stream": {"permutd": DATA}}, "did you mean 'permuted'"),
+        ({"stream": {"permuted": DATA, "rotated": DATA}}, "give one of permuted, rotated"),
+        ({"stream": {"permuted": {**DATA, "taks": 3}}}, "unknown key 'taks' in data.stream.permuted"),
+        ({"stream": {"permuted": {**DATA, "tasks": "x"}}}, "data.stream.permuted.tasks must be int"),
+        ({"stream": {"permuted": DATA}, "kind": "task"}, "of kind 'domain', not 'task'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            build_scenario(section, TaskStream)
+
+
+def test_heads_know_all_classes_of_a_stream_that_brings_them_in_portions() -> None:
+    sets = [
+        {"pixel_values": torch.zeros(4, 3, 8, 8), "labels": torch.tensor(rows)} for rows in ([0, 1, 0, 1], [2, 4, 4, 2])
+    ]
+    stream = TaskStream([SingleTask(one) for one in sets], kind="class")
+    section = recipe.ModelSection(backbone="plain:mlp", pretrained=False, options={"input_shape": [3, 8, 8]})
+    assert recipe.build_model(section, stream).tasks["task"].head.num_classes == 5
 
 
 def test_tasks_take_turns_and_labels_are_hidden() -> None:
@@ -406,7 +445,10 @@ def _few(section: Any) -> Any:
         found |= {key: _few(found[key])} if key in found else {}
     if "tasks" in found:
         found["tasks"] = {task: _few(one) for task, one in found["tasks"].items()}
-    if "stream" in found:
+    if isinstance(found.get("stream"), dict):
+        ((way, one),) = found["stream"].items()
+        found["stream"] = {way: _few(one) | ({"tasks": 2} if "tasks" in one else {})}
+    elif "stream" in found:
         found["stream"] = [_few(one) for one in found["stream"]]
     if not {"source", "tasks", "stream"} & set(found):
         tested = found.get("evaluation", {})
