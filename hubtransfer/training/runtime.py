@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -269,17 +269,36 @@ class Runtime:
         return result
 
     def grad(
-        self, loss: Tensor, params: Sequence[Tensor], *, create_graph: bool = False, retain_graph: bool | None = None
+        self,
+        outputs: Tensor | Sequence[Tensor],
+        params: Sequence[Tensor],
+        *,
+        seeds: Sequence[Tensor] | None = None,
+        create_graph: bool = False,
+        retain_graph: bool | None = None,
     ) -> list[Tensor]:
-        """Returns the gradient with respect to each parameter, averaged over processes; zeros where it is unused."""
-        found = torch.autograd.grad(
-            loss, params, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
-        )
-        gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(found, params)]
-        if self.world == 1:
+        """Returns the gradient with respect to each parameter, averaged over processes; zeros where it is unused.
+
+        Args:
+            outputs: A loss, or several tensors whose own gradients are `seeds`; with none all gradients are zero.
+            params: What to differentiate by.
+            seeds: Gradient of the loss with respect to each output.
+            create_graph: Whether the gradients are to be differentiated too.
+            retain_graph: Whether the graph stays.
+        """
+        found: Sequence[Tensor | None] = [None] * len(params)
+        if isinstance(outputs, Tensor) or outputs:
+            found = torch.autograd.grad(
+                outputs, params, seeds, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
+            )
+        return self.mean([torch.zeros_like(p) if g is None else g for g, p in zip(found, params)], create_graph)
+
+    def mean(self, gradients: list[Tensor], differentiable: bool = False) -> list[Tensor]:
+        """Returns tensors averaged over processes, in one flat all-reduce."""
+        if self.world == 1 or not gradients:
             return gradients
         flat = torch.cat([g.flatten() for g in gradients])
-        flat = _DifferentiableMean.apply(flat, self.world) if create_graph else self.reduce(flat)
+        flat = _DifferentiableMean.apply(flat, self.world) if differentiable else self.reduce(flat)
         return [piece.view_as(g) for piece, g in zip(flat.split([g.numel() for g in gradients]), gradients)]
 
     def step(self, gradients: Mapping[str, Sequence[Tensor]]) -> None:
@@ -325,6 +344,10 @@ class Runtime:
         if not found or self.world == 1:
             return found
         return dict(zip(found, self.reduce(torch.tensor(list(found.values()), device=self.device)).tolist()))
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Returns the tensor of process 0."""
+        return tensor if self.world == 1 else broadcast(tensor.contiguous())
 
     def wait(self) -> None:
         """Waits for all processes."""

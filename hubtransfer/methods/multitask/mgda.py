@@ -1,19 +1,15 @@
 """Multiple-gradient descent (Sener and Koltun, 2018)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hubtransfer.data import MultiTask
 from hubtransfer.functional.min_norm import min_norm_weights
-from hubtransfer.methods.aggregate import GramAggregator
-from hubtransfer.methods.method import Method
-from hubtransfer.methods.stage import Stage
-from hubtransfer.methods.task_losses import shared_and_own, task_losses, task_names, task_sources
-from hubtransfer.methods.update import AnyBatch, Descend, Terms
+from hubtransfer.methods.aggregate import Gradients, GramAggregator
+from hubtransfer.methods.balance import Balancing, TaskGradients, over_labelled
 from hubtransfer.models import TransferModel
 
 Normalization = Literal["none", "l2", "loss", "loss+"]
@@ -67,7 +63,7 @@ class MinNorm(GramAggregator):
         return weights / weights.sum()
 
 
-class MGDA(Method, name="mgda", config=MGDAConfig, scenario=MultiTask):
+class MGDA(Balancing, name="mgda", config=MGDAConfig):
     r"""Moves the shared parameters so that no task's loss rises to first order; heads follow their own gradients.
 
     .. math:: \theta \leftarrow \theta - \eta \sum_t \alpha_t \nabla_\theta L_t, \quad
@@ -97,21 +93,10 @@ class MGDA(Method, name="mgda", config=MGDAConfig, scenario=MultiTask):
 }"""
 
     def __init__(self, model: TransferModel, tasks: Sequence[str] | None = None, **config: Any) -> None:
-        names = task_names(model, tasks, "MGDA")
-        super().__init__(model, self.configure(config), task=names[0])
-        self.tasks = names
+        super().__init__(model, tasks, **config)
+        self.rule = MinNorm(self.config.normalization)
 
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Two groups: what tasks share, and what belongs to one task (heads and patches)."""
-        shared, own = shared_and_own(self.model, self.tasks)
-        return {"shared": shared, "heads": own}
-
-    def loss(self, batch: AnyBatch) -> Terms:
-        """Returns each task's loss under its name: scalars."""
-        return task_losses(self.model, self.tasks, batch)
-
-    def stages(self, scenario: MultiTask) -> Iterator[Stage]:
-        """One stage: the shortest combination for the trunk, plain gradients for the heads."""
-        shortest = {"shared": MinNorm(self.config.normalization)}
-        data = task_sources(scenario, self.tasks, "MGDA")
-        yield Stage("balance", data, [Descend(self.loss, trains=("shared", "heads"), combine=shortest)])
+    def combine(self, gradients: TaskGradients) -> Mapping[str, Gradients]:
+        """The shortest combination for the trunk, plain gradients for the heads."""
+        weights = over_labelled(self.rule.weights, gradients.gram(), gradients)
+        return {"shared": gradients.shared(self.keep(weights, gradients)), "heads": gradients.own()}

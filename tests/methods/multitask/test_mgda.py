@@ -8,33 +8,9 @@ import torch.nn.functional as F
 
 from hubtransfer.data import MultiTask
 from hubtransfer.methods.multitask.mgda import MGDA, MinNorm
-from hubtransfer.models import ClassificationHead, TransferModel
 from hubtransfer.patches import ScaleBiasConfig
-from tests.methods.steps import assert_same_parameters, batches, begin, changed, clone, run, snapshot
-from tests.tiny import tiny_backbone, tiny_data
-
-
-def two_headed(dtype=torch.float32, seed=0, **patches):
-    model = TransferModel(tiny_backbone(dtype=dtype, seed=seed))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)
-        for task, classes in (("left", 3), ("right", 2)):
-            model.add_task(task, ClassificationHead(classes), patch=patches.get(task))
-    return model
-
-
-def shared_data(n=24, seed=0, dtype=torch.float32):
-    left = tiny_data(n, 3, seed=seed, dtype=dtype)
-    return {"pixel_values": left["pixel_values"], "left": left["labels"], "right": (torch.arange(n) // 3) % 2}
-
-
-def scenario(n=24, seed=0, dtype=torch.float32):
-    data, labels = shared_data(n, seed, dtype), {"left": "left", "right": "right"}
-    return MultiTask(train=data, labels=labels, evaluation=data)
-
-
-def streams():
-    return MultiTask(datasets={"left": tiny_data(24, 3), "right": tiny_data(16, 2, seed=1)})
+from tests.methods.multitask.tasks import scenario, shared_data, streams, two_headed
+from tests.methods.steps import assert_same_parameters, batches, changed, clone, run, snapshot
 
 
 def example(dtype=torch.float32, seed=0, n=24):
@@ -105,15 +81,6 @@ def test_steps_equal_a_plain_loop():
                 for p, each in zip(plain.heads[task].parameters(), gradients):
                     p.sub_(0.05 * each)
     assert_same_parameters(method.model, plain, 1e-10)
-
-
-def test_the_trunk_runs_once_a_step():
-    method, data = example()
-    runtime, stage = begin(method, data)
-    seen = []
-    method.model.backbone.trunk.register_forward_pre_hook(lambda m, args: seen.append(1))
-    stage.updates[0].apply(batches(data.train_source, 1)[0], runtime)
-    assert len(seen) == 1
 
 
 def test_a_batch_for_each_task():
