@@ -81,6 +81,48 @@ def test_optimality_conditions(terms, rank, scale):
     assert (gram @ found - found @ gram @ found).min() >= -1e-11 * gram.max()
 
 
+def by_quadratic_program(vectors):
+    """The shortest vector of the hull, by another route and another solver; (vector, weights).
+
+    Where the hull does not hold 0, its shortest vector is v / |v|^2 for the smallest v with <v, g_t> >= 1 for all t: a
+    strictly convex program in v however singular the Gram matrix is. Its multipliers are proportional to the weights.
+    """
+    quadprog = pytest.importorskip("quadprog", reason="the quadratic-programming solver is not installed")
+    basis = np.linalg.qr(vectors.T)[0]  # coordinates in the span, where the program has full rank
+    rows = vectors @ basis
+    scale = np.abs(rows).max()
+    try:
+        identity, nothing = np.eye(rows.shape[1]), np.zeros(rows.shape[1])
+        multipliers = quadprog.solve_qp(identity, nothing, rows.T / scale, np.ones(len(rows)))[4]
+    except ValueError:  # no such v: the hull holds 0
+        return np.zeros(vectors.shape[1]), None
+    weights = multipliers / multipliers.sum()
+    return weights @ vectors, weights
+
+
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("kind", ["random", "singular", "duplicates", "scales", "holds zero"])
+def test_equals_a_quadratic_program_solver(seed, kind):
+    """300 Gram matrices of up to 40 vectors: the shortest vector, which is unique, and the weights where they are."""
+    rng = np.random.default_rng([seed, len(kind)])
+    terms = int(rng.integers(2, 41))
+    dim = {"singular": max(2, terms // 2), "holds zero": max(1, terms // 4)}.get(kind, terms + 5)
+    vectors = rng.normal(size=(terms, dim)) + (0 if kind == "holds zero" else rng.uniform(0.1, 1))
+    if kind == "duplicates":
+        vectors[terms // 2 :] = vectors[: terms - terms // 2]
+    if kind == "scales":
+        vectors *= 10 ** rng.uniform(-2, 2, size=(terms, 1))
+    expected, weights = by_quadratic_program(vectors)
+    found = min_norm_weights(torch.from_numpy(vectors @ vectors.T)).numpy()
+    size = np.linalg.norm(vectors, axis=1).max()
+    if weights is None:  # |sum| is the square root of a value that rounding leaves at about 1e-16
+        assert np.linalg.norm(found @ vectors) < 1e-6 * size
+        return
+    np.testing.assert_allclose(found @ vectors, expected, rtol=0, atol=1e-8 * size)
+    if kind in ("random", "scales"):
+        np.testing.assert_allclose(found, weights, rtol=0, atol=1e-8)
+
+
 def test_dtype_and_bad_input():
     assert min_norm_weights(torch.eye(3)).dtype == torch.float32
     with pytest.raises(ValueError, match="square"):

@@ -12,7 +12,7 @@ from hubtransfer.config import unknown_name
 from hubtransfer.data import MultiTask
 from hubtransfer.methods.multi_task_method import MultiTaskMethod
 from hubtransfer.methods.stage import Stage
-from hubtransfer.methods.task_losses import task_losses, task_sources
+from hubtransfer.methods.task_losses import task_losses, task_streams
 from hubtransfer.methods.update import AnyBatch, Descend, Terms
 from hubtransfer.models import TransferModel
 
@@ -89,4 +89,4 @@ class FixedWeights(MultiTaskMethod, name="fixed_weights", config=FixedWeightsCon
 
     def stages(self, scenario: MultiTask) -> Iterator[Stage]:
         """One stage."""
-        yield Stage("train", task_sources(scenario, self.tasks, "FixedWeights"), [Descend(self.loss)])
+        yield Stage("train", task_streams(scenario, self.tasks, "FixedWeights"), [Descend(self.loss)])

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hubtransfer.data import MultiTask
+from hubtransfer.data import Batch, MultiTask
 from hubtransfer.methods.multi_task_method import MultiTaskMethod
 from hubtransfer.methods.stage import OptimizerConfig, Stage
-from hubtransfer.methods.task_losses import task_losses, task_sources
+from hubtransfer.methods.task_losses import task_losses, task_streams
 from hubtransfer.methods.update import AnyBatch, Descend, Terms
 from hubtransfer.models import TransferModel
 
@@ -93,13 +93,14 @@ class Uncertainty(MultiTaskMethod, name="uncertainty", config=UncertaintyConfig)
         """Returns each task's term under its name: scalars."""
         losses = task_losses(self.model, self.tasks, batch)
         there = dict(zip(self.tasks, self.labelled(batch).tolist()))
+        shares = {t: 1.0 if isinstance(batch, Batch) or t not in batch else batch[t].share or 1.0 for t in losses}
         return {
-            task: self.weight(task) * loss + self.log_variance[task] / 2 if there[task] else loss
+            task: self.weight(task) * loss + shares[task] * self.log_variance[task] / 2 if there[task] else loss
             for task, loss in losses.items()
         }
 
     def stages(self, scenario: MultiTask) -> Iterator[Stage]:
         """One stage."""
-        data = task_sources(scenario, self.tasks, "Uncertainty")
+        data = task_streams(scenario, self.tasks, "Uncertainty")
         undecayed = {"log_variance": OptimizerConfig(weight_decay=0.0)}
         yield Stage("train", data, [Descend(self.loss, trains=("model", "log_variance"))], optimizers=undecayed)

@@ -1,0 +1,108 @@
+"""Jacobian descent: UPGrad's projections for two tasks in closed form, a whole step, other aggregators, wrong names."""
+
+import builtins
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hubtransfer.methods.multitask.jacobian_descent import GramianRule, JacobianDescent, JacobianRule, make_aggregator
+from tests.methods.multitask.tasks import flat_gradient, model_with, scenario, two_headed
+from tests.methods.steps import assert_same_parameters, batches, changed, clone, run, snapshot
+
+
+def example(dtype=torch.float32, seed=0, n=24):
+    return JacobianDescent(two_headed(dtype, seed)), scenario(n, seed, dtype)
+
+
+def up_grad(g, h):
+    """The mean of both gradients' projections on the cone that conflicts with neither; for two each has one line."""
+    if g @ h >= 0:
+        return (g + h) / 2
+    return (g - (g @ h) / (h @ h) * h + h - (g @ h) / (g @ g) * g) / 2
+
+
+@pytest.mark.parametrize(("g", "h"), [([1.0, 0.0], [-1.0, 2.0]), ([1.0, 1.0], [0.0, 2.0]), ([3.0, 0.1], [-2.0, 1.0])])
+def test_up_grad_of_two_vectors(g, h):
+    rows = torch.tensor([g, h], dtype=torch.float64)
+    weights = GramianRule(make_aggregator("UPGrad", {})).weights(rows @ rows.T, torch.ones(2))
+    torch.testing.assert_close(weights @ rows, up_grad(*rows), atol=1e-3, rtol=1e-3)
+
+
+def test_a_step_equals_a_plain_one():
+    method, data = example(dtype=torch.float64)
+    plain = clone(method.model)
+    run(method, data, steps=1)
+    batch = batches(data.train_source, 1)[0]
+    z = plain.backbone.trunk(batch.inputs["pixel_values"])
+    losses = [F.cross_entropy(plain.heads[t](z), batch.labels[t]) for t in ("left", "right")]
+    trunk, heads = list(plain.backbone.trunk.parameters()), list(plain.heads.parameters())
+    direction = up_grad(*(flat_gradient(loss, trunk) for loss in losses))
+    own = flat_gradient(losses[0] + losses[1], heads)
+    with torch.no_grad():
+        for params, gradient in ((trunk, direction), (heads, own)):
+            for p, d in zip(params, gradient.split([p.numel() for p in params])):
+                p.sub_(0.05 * d.view_as(p))
+    assert_same_parameters(method.model, plain, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind"),
+    [
+        ("Mean", {}, JacobianRule),
+        ("PCGrad", {}, GramianRule),
+        ("IMTLG", {}, GramianRule),
+        ("DualProj", {"pref_vector": [1.0, 2.0, 1.0]}, GramianRule),
+        ("AlignedMTL", {}, GramianRule),
+        ("MGDA", {}, GramianRule),
+        ("Krum", {"n_byzantine": 0, "n_selected": 2}, GramianRule),
+        ("ConFIG", {}, JacobianRule),
+        ("GradDrop", {}, JacobianRule),
+        ("Random", {}, JacobianRule),
+        ("TrimmedMean", {"trim_number": 1}, JacobianRule),
+    ],
+)
+def test_other_aggregators_train(name, options, kind):
+    tasks = ("left", "right", "size")
+    method = JacobianDescent(model_with(tasks), aggregator=name, options=options)
+    assert isinstance(method.rule, kind)
+    before = snapshot(method.model)
+    run(method, scenario(tasks=tasks), steps=2)
+    assert {n for n in before if "block" in n} <= changed(before, method.model)
+    assert ("weight/left" in method.watched()) == (kind is GramianRule)
+
+
+def test_the_mean_is_equal_weighting():
+    tasks = ("left", "right", "size")
+    model = model_with(tasks, torch.float64)
+    data, plain = scenario(dtype=torch.float64, tasks=tasks), clone(model)
+    run(JacobianDescent(model, aggregator="Mean"), data, steps=1)
+    batch = batches(data.train_source, 1)[0]
+    losses = [plain(**batch.inputs, labels=batch.labels[t], task=t).loss for t in tasks]
+    (sum(losses) / 3).backward()
+    for name, parameter in plain.backbone.named_parameters():
+        torch.testing.assert_close(model.backbone.get_parameter(name), parameter - 0.05 * parameter.grad)
+
+
+def test_wrong_names_and_options_are_named():
+    with pytest.raises(ValueError, match="'UpGrad'.*UPGrad"):
+        JacobianDescent(two_headed(), aggregator="UpGrad")
+    with pytest.raises(ValueError, match="'Weighting'"):
+        JacobianDescent(two_headed(), aggregator="Weighting")
+    with pytest.raises(ValueError, match="'trim'.*trim_number"):
+        JacobianDescent(two_headed(), aggregator="TrimmedMean", options={"trim": 1})
+    with pytest.raises(ValueError, match="'TrimmedMean' takes the options trim_number"):
+        JacobianDescent(two_headed(), aggregator="TrimmedMean")
+
+
+def test_without_torchjd_the_message_says_what_to_install(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **keywords):
+        if name == "torchjd":
+            raise ImportError(name)
+        return real(name, *args, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"hubtransfer\[multitask\]"):
+        JacobianDescent(two_headed())
