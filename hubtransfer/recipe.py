@@ -18,21 +18,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields
 from functools import reduce
 from operator import add
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from hubtransfer.config import from_dict, load_yaml, override, to_dict, unknown_name
+from hubtransfer.config import from_dict, load_yaml, override, unknown_name
 from hubtransfer.recipe_methods import method_parts
 
 if TYPE_CHECKING:
     from hubtransfer.backbones import Backbone
     from hubtransfer.data import Source
     from hubtransfer.methods import Method
-    from hubtransfer.models import Teacher, TransferModel
+    from hubtransfer.models import TransferModel
     from hubtransfer.models.heads import HeadConfig
     from hubtransfer.training import TrainingArguments
 
@@ -201,6 +201,7 @@ def build(recipe: Recipe | str | PathLike[str] | Mapping[str, Any], seed: int | 
         ValueError: something in the recipe does not exist or does not fit together.
     """
     from hubtransfer.recipe_data import build_scenario
+    from hubtransfer.recipe_teachers import build_teachers, hand_over
 
     recipe = recipe if isinstance(recipe, Recipe) else read(recipe)
     seed = recipe.seeds[0] if seed is None else seed
@@ -213,9 +214,9 @@ def build(recipe: Recipe | str | PathLike[str] | Mapping[str, Any], seed: int | 
     model = build_model(recipe.model, scenario)
     taught: dict[str, Any] = {}
     if recipe.teachers:
-        teachers = [_teacher(section, recipe, scenario, arguments) for section in recipe.teachers]
+        teachers = build_teachers(recipe, scenario, arguments)
         taught["teacher"] = teachers if isinstance(recipe.teacher, tuple) else teachers[0]
-        _initialise(model, recipe.model, teachers)
+        hand_over(teachers[0], model, recipe.model.initialise)
         _seed_everything(seed)
     methods: list[Any] = [part.cls(model, **part.options, **(taught if part.learns else {})) for part in parts]
     try:
@@ -346,39 +347,6 @@ def _arguments(recipe: Recipe, seed: int) -> TrainingArguments:
     from hubtransfer.training import TrainingArguments
 
     return from_dict(TrainingArguments, {**recipe.training, "seed": seed}, where="training")
-
-
-def _initialise(model: TransferModel, section: ModelSection, teachers: list[Teacher]) -> None:
-    from hubtransfer.models import initialise_from_teacher
-
-    if section.initialise is not None:
-        layers = "uniform" if isinstance(section.initialise, str) else section.initialise
-        initialise_from_teacher(model, teachers[0], layers)  # type: ignore[arg-type]
-
-
-def _teacher(section: TeacherSection, recipe: Recipe, scenario: Any, arguments: TrainingArguments) -> Teacher:
-    from hubtransfer.models import Teacher, TransferModel
-
-    if section.train is None:
-        return Teacher(build_model(section, scenario), task=section.task)
-    plain = {k: v for k, v in to_dict(section, defaults=False).items() if k not in ("train", "task", "seed")}
-    known = ("method", "training", "data", "model")
-    for key in section.train:
-        if key not in known[:3]:
-            raise ValueError(unknown_name("key", key, known[:3], "teacher.train"))
-    inner = from_dict(
-        Recipe, {"model": plain, "data": recipe.data, "method": {}, **section.train}, where="teacher.train"
-    )
-    from hubtransfer.experiment import digest
-
-    seed = arguments.seed if section.seed is None else section.seed
-    folder = Path(arguments.output_dir).parent / f"teacher-{digest([to_dict(inner, defaults=False), seed])[:12]}"
-    if not (folder / "model" / "config.json").is_file():
-        from hubtransfer.training import Trainer
-
-        inner = replace(inner, training={**inner.training, "output_dir": str(folder)})
-        Trainer(*build(inner, seed)).train(resume="auto")
-    return Teacher(TransferModel.from_pretrained(str(folder / "model")), task=section.task)
 
 
 def _seed_everything(seed: int) -> None:

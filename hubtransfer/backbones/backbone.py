@@ -111,8 +111,8 @@ class Backbone(nn.Module):
             trust_remote_code: Whether a transformers repository may bring its own Python code.
             revision: Branch, tag or commit on the Hub.
             **kwargs: `image_size` (pixels a side, of the processor and of networks built for one size); `pooling`
-                (transformers: "cls", "mean", "pooler", "cls+mean", "last"); everything else goes to
-                `timm.create_model`, or overrides the transformers config.
+                (transformers: "cls", "mean", "pooler", "cls+mean", "last"); `max_length` (texts are cut to as many
+                tokens); everything else goes to `timm.create_model`, or overrides the transformers config.
 
         Returns:
             The backbone, in evaluation mode.

@@ -67,9 +67,17 @@ def image_processor(
 
 
 def text_processor(
-    place: str | None, config: PretrainedConfig, trust_remote_code: bool, revision: str | None
+    place: str | None,
+    config: PretrainedConfig,
+    trust_remote_code: bool,
+    revision: str | None,
+    max_length: int | None = None,
 ) -> TextProcessor:
-    """A repository's tokenizer, cut to the longest text that the model takes."""
+    """A repository's tokenizer, cut to the longest text that the model takes, or to `max_length` tokens.
+
+    Raises:
+        ValueError: If the model takes no text of that length.
+    """
     tokenizer = None
     if place is not None and Path(place).is_dir():
         tokenizer = read_tokenizer(place)
@@ -89,7 +97,10 @@ def text_processor(
     if place is not None:
         limits.append(int(sentence_facts(place, "sentence_bert_config.json", revision).get("max_seq_length") or 0))
     known = [limit for limit in limits if limit > 0]
-    return TextProcessor(tokenizer=tokenizer, max_length=min(known) if known else None)
+    longest = min(known) if known else None
+    if max_length is not None and not 1 <= max_length <= (longest or max_length):
+        raise ValueError(f"max_length={max_length}: the model takes texts of 1 to {longest or 'any number of'} tokens.")
+    return TextProcessor(tokenizer=tokenizer, max_length=max_length or longest)
 
 
 def sentence_facts(place: str, filename: str, revision: str | None) -> dict[str, Any]:

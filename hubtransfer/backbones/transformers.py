@@ -147,6 +147,7 @@ def from_transformers(
     """See `Backbone.from_pretrained`."""
     options = dict(kwargs)
     pooling, image_size = options.pop("pooling", None), options.pop("image_size", None)
+    max_length = options.pop("max_length", None)
     place, notice = _place(name, pretrained, revision)
     facts: dict[str, Any] = {}
     if place is None:
@@ -172,9 +173,11 @@ def from_transformers(
         pooling = _sentence_pooling(name, place, revision)
     processor: Processor
     if trunk.main_input_name == "input_ids":
-        processor = text_processor(place, config, trust_remote_code, revision)
-    else:
+        processor = text_processor(place, config, trust_remote_code, revision, max_length)
+    elif max_length is None:
         processor = image_processor(place, config, image_size, revision)
+    else:
+        raise ValueError(f"max_length={max_length!r}: {name!r} reads images, not texts.")
     source = {"library": "transformers", "name": name, "pretrained": pretrained, "kwargs": {**kwargs}}
     source["config"] = config.to_diff_dict()
     if revision is not None:
@@ -202,7 +205,7 @@ def from_source(source: Mapping[str, Any], *, trust_remote_code: bool) -> Backbo
     trunk = _build(config, source.get("pooling"), trust_remote_code)
     processor: Processor
     if trunk.main_input_name == "input_ids":
-        processor = text_processor(None, config, False, None)
+        processor = text_processor(None, config, False, None, source.get("kwargs", {}).get("max_length"))
     else:
         processor = image_processor(None, config, source.get("kwargs", {}).get("image_size"), None)
     return _wrap(trunk, source.get("pooling"), dict(source), processor)

@@ -376,6 +376,20 @@ def test_packaged_minilm(no_hub, caplog):
     torch.testing.assert_close(nn.functional.normalize(pooled), torch.from_numpy(expected), atol=1e-5, rtol=1e-4)
 
 
+def test_texts_are_cut_as_asked(no_hub):
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    small = {"pretrained": False, "vocab_size": 50, "num_hidden_layers": 1}
+    backbone = Backbone.from_pretrained(name, max_length=20, **small)
+    assert backbone.processor.max_length == 20
+    assert Backbone.from_source(backbone.source).processor.max_length == 20
+    assert Backbone.from_pretrained(name, **small).processor.max_length == 512
+    for length in (0, 513):
+        with pytest.raises(ValueError, match=f"max_length={length}: the model takes texts of 1 to 512 tokens"):
+            Backbone.from_pretrained(name, max_length=length, **small)
+    with pytest.raises(ValueError, match="max_length=5: 'google/vit-base-patch16-224' reads images"):
+        Backbone.from_pretrained("google/vit-base-patch16-224", pretrained=False, max_length=5, num_hidden_layers=1)
+
+
 # ---------------------------------------------------------------- modules
 
 
