@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hubtransfer.config import unknown_name
-from hubtransfer.data import Batch, TaskStream
+from hubtransfer.data import Batch, Replay, TaskStream
 from hubtransfer.methods.method import Method
 from hubtransfer.methods.stage import Stage
 from hubtransfer.methods.update import Descend, Terms
@@ -25,20 +25,31 @@ class ContinualMethod(Method, scenario=TaskStream):
     train the one head. Heads of other tasks are in no optimiser, so that neither momentum nor decay moves them.
 
     Attributes:
-        position: Number of the model's task that learns now, int64 scalar: training state, since the parameters that
-            an optimiser gets depend on it.
+        begun: For each item of the stream so far, the number of its task in the model, int64 (items,): training state,
+            since the parameters that an optimiser gets depend on it.
     """
 
-    position: Tensor
+    begun: Tensor
 
     def __init__(self, model: TransferModel, config: Any = None, *, task: str | None = None) -> None:
         super().__init__(model, config, task=task)
-        self.register_buffer("position", torch.tensor(list(model.tasks).index(self.task)))
+        self.register_buffer("begun", torch.empty(0, dtype=torch.int64))
+
+    @property
+    def number(self) -> int:
+        """Number of the item that learns now, -1 before the first."""
+        return len(self.begun) - 1
+
+    @property
+    def learned_tasks(self) -> list[str]:
+        """Name of the model's task of each item so far, the current one last."""
+        names = list(self.model.tasks)
+        return [names[number] for number in self.begun.tolist()]
 
     @property
     def current(self) -> str:
         """Name of the task that learns now."""
-        return list(self.model.tasks)[int(self.position)]
+        return list(self.model.tasks)[int(self.begun[-1])] if len(self.begun) else self.task
 
     def groups(self) -> dict[str, list[dict[str, Any]]]:
         """One group: the trunk and the current task's head, or the task's patch and head where it has a patch."""
@@ -50,13 +61,26 @@ class ContinualMethod(Method, scenario=TaskStream):
         chosen = {id(p) for group in self.groups()["model"] for p in group["params"]}
         return {name: p for name, p in self.model.named_parameters() if id(p) in chosen}
 
-    def task_of(self, batch: Batch) -> str:
-        """Returns the model's task whose head the examples of a batch are for."""
-        return self.task if batch.task is None else batch.task
+    def task_of(self, batch: Batch) -> str | list[str]:
+        """Returns the model's task whose head a batch's examples are for, or one for each where they differ.
+
+        Examples out of a memory belong to the items in which they were added (`memory.add(batch, task=self.number)`).
+        """
+        if not isinstance(batch, Replay) or batch.tasks is None:
+            return self.task if batch.task is None else batch.task
+        if len(set(self.begun.tolist())) == 1:
+            return self.current
+        names = self.learned_tasks
+        found = [names[number] for number in batch.tasks.tolist()]
+        return found[0] if len(set(found)) == 1 else found
+
+    def label_loss(self, batch: Batch) -> Tensor:
+        """Returns the loss of the examples' own heads, a scalar, from one forward."""
+        return self.model(**batch.inputs, labels=self.labels(batch), task=self.task_of(batch)).loss
 
     def loss(self, batch: Batch) -> Terms:
-        """Returns the loss of the task's head: the scalar `labels`."""
-        return {"labels": self.model(**batch.inputs, labels=self.labels(batch), task=self.task_of(batch)).loss}
+        """Returns the scalar `labels`."""
+        return {"labels": self.label_loss(batch)}
 
     def before_task(self, item: Any, runtime: "Runtime") -> None:
         """Called before the optimisers for an item of the stream are made: grow, copy, measure."""
@@ -83,7 +107,8 @@ class ContinualMethod(Method, scenario=TaskStream):
 
     def begin(self, item: Any, runtime: "Runtime") -> None:
         """Makes an item's task the current one, then prepares for it."""
-        self.position.fill_(list(self.model.tasks).index(item.task or self.task))
+        number = list(self.model.tasks).index(item.task or self.task)
+        self.begun = torch.cat([self.begun, self.begun.new_tensor([number])])
         self.before_task(item, runtime)
 
     def __add__(self, other: Any) -> Any:
@@ -112,3 +137,9 @@ class ContinualMethod(Method, scenario=TaskStream):
                     f"{scenario.kind!r} needs a head for each of its tasks: model.add_task({item.task!r}, head)"
                 )
         return list(scenario)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(f"{prefix}begun")
+        if saved is not None:
+            self.begun = self.begun.new_empty(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -40,15 +40,15 @@ class Penalty(ContinualMethod):
     """`observe(gradients)`, where a penalty needs it: called before each step with the gradient of everything but the
     penalties, by parameter, a mean over processes."""
 
-    def stages_before(self, item: Any) -> Iterator[Stage]:
-        """Stages between `before_task` and the steps on an item; none by default. Pure, as `stages`."""
+    def stages_before(self, item: Any, number: int) -> Iterator[Stage]:
+        """Stages between `before_task` and the steps on an item of the stream; none by default. Pure, as `stages`."""
         return iter(())
 
     def stages(self, scenario: TaskStream) -> Iterator[Stage]:
         """One stage an item, on the labels and the terms."""
-        for item in self.checked(scenario):
+        for number, item in enumerate(self.checked(scenario)):
             plain = Stage(item.name, item.train_source, [Descend(self.loss)])
-            yield from with_penalties(self, [plain], [self], item)
+            yield from with_penalties(self, [plain], [self], item, number)
 
     def __add__(self, other: Any) -> Any:
         """Returns both strategies as one."""
@@ -126,8 +126,10 @@ class MethodWithPenalties(Method):
         of_item: dict[str, list[Stage]] = {item.name: [] for item in items}
         for stage in self.method.stages(scenario):
             of_item[_item_of(stage, items, self.method)].append(stage)
-        for item in items:
-            yield from with_penalties(self.method, of_item[item.name], self.parts, item)
+        for part in self.parts:
+            part.checked(scenario)
+        for number, item in enumerate(items):
+            yield from with_penalties(self.method, of_item[item.name], self.parts, item, number)
 
     def __add__(self, other: Any) -> Any:
         """Adds further penalties; a method of another kind decides for itself."""
@@ -167,7 +169,9 @@ class Beside(Combine):
         return [torch.stack(column).sum(0) for column in zip(combined, *rows[own:])]
 
 
-def with_penalties(method: Any, stages: Sequence[Stage], parts: Iterable[Penalty], item: Any) -> Iterator[Stage]:
+def with_penalties(
+    method: Any, stages: Sequence[Stage], parts: Iterable[Penalty], item: Any, number: int
+) -> Iterator[Stage]:
     """Yields the stages in which a method learns one item, with penalties in all of them that train the model.
 
     Raises:
@@ -183,7 +187,9 @@ def with_penalties(method: Any, stages: Sequence[Stage], parts: Iterable[Penalty
         for part in parts:
             part.after_task(item, runtime)
 
-    own = [replace(stage, name=f"{item.name}/{stage.name}") for part in parts for stage in part.stages_before(item)]
+    own = [
+        replace(stage, name=f"{item.name}/{stage.name}") for part in parts for stage in part.stages_before(item, number)
+    ]
     first, *others = [_joined(method, stage, parts) for stage in stages]
     begin = _after(first.enter, enter)  # the method knows which task learns before the penalties do
     if own:

@@ -1,0 +1,51 @@
+"""Methods that remember a few examples of each finished task and compare gradients with theirs."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hubtransfer.data import Loader, MemoryConfig
+from hubtransfer.methods.continual_method import ContinualMethod
+from hubtransfer.models import TransferModel
+
+if TYPE_CHECKING:
+    from hubtransfer.training.runtime import Runtime
+
+
+class EpisodicMemory(ContinualMethod):
+    """Learns tasks in order and, when one is finished, puts a random sample of its examples into a memory.
+
+    The parameters that train are the trunk and the heads of all tasks so far: a step may have to move an old head too.
+
+    Attributes:
+        memory: Of finished tasks only, so that it stands still while a task is learned.
+    """
+
+    def __init__(self, model: TransferModel, config: Any, memory: MemoryConfig, *, task: str | None = None) -> None:
+        super().__init__(model, config, task=task)
+        self.memory = memory.build(model.processor)
+
+    def groups(self) -> dict[str, list[dict[str, Any]]]:
+        """One group: what the current task trains, and the heads of the tasks before."""
+        heads = [self.model.heads[name] for name in dict.fromkeys(self.learned_tasks[:-1]) if name != self.current]
+        own = super().groups()["model"]
+        old: list[nn.Parameter] = [p for head in heads for p in head.parameters()]
+        return {"model": [*own, *([{"params": old}] if old else [])]}
+
+    @torch.no_grad()
+    def after_task(self, item: Any, runtime: "Runtime") -> None:
+        """Offers the memory as many random examples of the task as it has room for, the same on all processes."""
+        source = item.train_source if item.train_source.augment is None else replace(item.train_source, augment=None)
+        size = self.memory.size
+        # One batch of a random order: `batch_size` is all that decides which examples these are.
+        loader = Loader(
+            source,
+            processor=self.model.processor,
+            batch_size=size,
+            seed=runtime.arguments.seed,
+            device=runtime.device,
+        )
+        batch = next(iter(loader.batches(0)))
+        self.memory.add(batch, task=self.number, labels=self.labels(batch), same=True)
