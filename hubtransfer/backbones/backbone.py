@@ -6,10 +6,11 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from hubtransfer.backbones.features import Features
 from hubtransfer.backbones.fingerprint import fingerprint
 from hubtransfer.backbones.names import suggestion, unknown_name
 from hubtransfer.backbones.probe import (
@@ -27,23 +28,6 @@ from hubtransfer.backbones.processor import Processor
 
 Modality = Literal["image", "text", "tensor"]
 Inputs = Tensor | Mapping[str, Tensor]
-
-
-class Features(NamedTuple):
-    """What a backbone gives.
-
-    Attributes:
-        pooled: The classifier's input, (batch, dim).
-        maps: Outputs of the layers that were asked for, shallow to deep: (batch, channels, height, width) for layers of
-            kind "map", (batch, n, channels) with the prefix tokens for kind "tokens".
-    """
-
-    pooled: Tensor
-    maps: dict[str, Tensor]
-
-    def rows(self, keep: slice) -> Features:
-        """Those of some examples."""
-        return Features(self.pooled[keep], {name: value[keep] for name, value in self.maps.items()})
 
 
 class Backbone(nn.Module):

@@ -9,6 +9,7 @@ from hubtransfer.models.output import TransferModelOutput
 from hubtransfer.models.predict import Prediction
 from hubtransfer.models.tasks import TaskSpec
 from hubtransfer.models.teacher import Teacher
+from hubtransfer.models.towers import stitched_model
 
 __all__ = [
     "ClassificationHead",
@@ -25,4 +26,5 @@ __all__ = [
     "TransferModelOutput",
     "initialise_from_teacher",
     "register_growth",
+    "stitched_model",
 ]

@@ -237,7 +237,8 @@ class TransferModel(Saving, Switching):
         if self.training and self._mode_of != name:
             self._set_modes(name)
         with self._running(name):
-            return self.backbone(inputs, layers)
+            found = self.backbone(inputs, layers)
+        return found if not found.by_task or name is None else Features(*self._own(found, name)[:2], found.by_task)
 
     def logits(self, features: Features, task: str | None = None, inputs: Inputs | None = None) -> Tensor:
         """Applies a task's head alone.
@@ -248,7 +249,7 @@ class TransferModel(Saving, Switching):
             inputs: The inputs, for heads that predict at their size (`DenseHead`).
         """
         name = self.task_name(task)
-        head = self.tasks[name].head
+        head, features = self.tasks[name].head, self._own(features, name)
         return features.pooled if head is None else head.logits(self.heads[name], features, inputs)
 
     def loss(self, logits: Tensor, labels: Tensor, task: str | None = None) -> Tensor:
@@ -345,6 +346,14 @@ class TransferModel(Saving, Switching):
             yield head
         except ValueError as error:
             raise ValueError(f"task {name!r}: {error}") from None
+
+    def _own(self, features: Features, task: str) -> Features:
+        """A task's own features, where tasks have networks of their own."""
+        if features.by_task and task not in features.by_task:
+            raise ValueError(
+                f"task {task!r} has no network: the trunk was grown for the tasks {', '.join(features.by_task)}"
+            )
+        return features.by_task.get(task, features)
 
     def _placed(self, patch: Patch) -> Patch:
         return patch if self.device.type == "cpu" else patch.to(self.device)

@@ -86,7 +86,7 @@ class Saving:
         tensors = files.read_tensors(folder, MODEL_TENSORS, manifest)
         tensors |= {name: tensors[first] for name, first in manifest["aliases"].items()}
         files.fill(model.state_dict(keep_vars=True), tensors, f"{str(folder / MODEL_TENSORS)!r}")
-        backbone.processor = Processor.load(folder)
+        model.backbone.processor = Processor.load(folder)
         if (folder / RUN).is_file():
             model.record = json.loads((folder / RUN).read_text(encoding="utf-8"))
         return cast(Model, model.eval())

@@ -215,6 +215,8 @@ def test_the_teacher_and_other_frozen_networks_are_never_in_training_mode(name, 
     method, scenario = example(name)
     trainer = Trainer(method, scenario, arguments(name, tmp_path))
     for stage in method.stages(scenario):
+        if stage.enter is not None:
+            stage.enter(trainer.runtime)
         trainer.runtime.begin(stage, 1)
         for path, module in method.named_modules():
             own = [p.requires_grad for p in module.parameters(recurse=False)]
