@@ -41,6 +41,11 @@ class ContinualMethod(Method, scenario=TaskStream):
         return len(self.begun) - 1
 
     @property
+    def position(self) -> Tensor:
+        """Number of the model's task that learns now, int64 scalar."""
+        return self.begun[-1] if len(self.begun) else self.begun.new_tensor(list(self.model.tasks).index(self.task))
+
+    @property
     def learned_tasks(self) -> list[str]:
         """Name of the model's task of each item so far, the current one last."""
         names = list(self.model.tasks)
@@ -49,7 +54,7 @@ class ContinualMethod(Method, scenario=TaskStream):
     @property
     def current(self) -> str:
         """Name of the task that learns now."""
-        return list(self.model.tasks)[int(self.begun[-1])] if len(self.begun) else self.task
+        return list(self.model.tasks)[int(self.position)]
 
     def groups(self) -> dict[str, list[dict[str, Any]]]:
         """One group: the trunk and the current task's head, or the task's patch and head where it has a patch."""
