@@ -122,6 +122,10 @@ class Towers(Backbone):
         """The cross-stitch units, shallow to deep."""
         return list(self.trunk.units)  # type: ignore[arg-type]
 
+    def networks(self, task: str) -> list[Backbone]:
+        """A task's own networks."""
+        return [tower for tower, owner in zip(self._towers, self.tasks) if owner == task]
+
     @property
     def _towers(self) -> list[Backbone]:
         return list(self.trunk.towers)  # type: ignore[arg-type]
