@@ -43,12 +43,13 @@ def hand_over(teacher: Teacher, model: TransferModel, initialise: str | Mapping[
 
 def _teacher(section: TeacherSection, recipe: Recipe, scenario: Any, arguments: TrainingArguments) -> Teacher:
     from hubtransfer.experiment import digest
-    from hubtransfer.models import Teacher, TransferModel
+    from hubtransfer.models import OutputCache, Teacher, TransferModel
     from hubtransfer.recipe import Recipe, build, build_model
     from hubtransfer.training import Trainer
 
+    cache = OutputCache(folder=Path(arguments.output_dir) / "teacher-cache")  # a folder for what memory has no room for
     if section.train is None:
-        return Teacher(build_model(section, scenario), task=section.task)
+        return Teacher(build_model(section, scenario), task=section.task, cache=cache)
     plain = {k: v for k, v in to_dict(section, defaults=False).items() if k not in ("train", "task", "seed")}
     known = ("method", "training", "data")
     for key in section.train:
@@ -62,4 +63,4 @@ def _teacher(section: TeacherSection, recipe: Recipe, scenario: Any, arguments: 
     if not (folder / "model" / "config.json").is_file():
         inner = replace(inner, training={**inner.training, "output_dir": str(folder)})
         Trainer(*build(inner, seed)).train(resume="auto")
-    return Teacher(TransferModel.from_pretrained(str(folder / "model")), task=section.task)
+    return Teacher(TransferModel.from_pretrained(str(folder / "model")), task=section.task, cache=cache)

@@ -33,6 +33,8 @@ class Augment:
         scale: largest relative change of size, 0.1: between 0.9 and 1.1.
         shear: largest horizontal shear, degrees.
         fill: what comes from outside: ``"zero"`` (the mean colour of standardised images) or ``"edge"``.
+        variants: stores the augmentation: each image has so many variants, which epochs take in turn, so that what
+            a teacher or a frozen trunk says of them is computed once and kept. None: drawn anew in each epoch.
     """
 
     flip: float = 0.5
@@ -41,6 +43,7 @@ class Augment:
     scale: float = 0.0
     shear: float = 0.0
     fill: Literal["zero", "edge"] = "zero"
+    variants: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("flip", "shift", "scale"):
@@ -52,6 +55,8 @@ class Augment:
                 raise ValueError(f"{name} must be an angle in degrees, not {getattr(self, name)}")
         if self.fill not in ("zero", "edge"):
             raise ValueError(f"fill must be 'zero' or 'edge', not {self.fill!r}")
+        if self.variants is not None and self.variants < 1:
+            raise ValueError(f"variants must be at least 1, or None to draw anew in each epoch, not {self.variants}")
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
         """The batch with its images moved."""

@@ -21,8 +21,9 @@ class Batch:
         labels: ``(batch, ...)``, one such tensor a task, or None when the data have no labels.
         index: example numbers in the data set, int64 ``(batch,)``, always on the CPU; None for streamed data.
         task: the task these examples belong to.
-        origin: key of the unchanging data set that ``index`` points into. None when the inputs were augmented or
+        origin: key of the unchanging data set that ``index`` points into. None when the inputs were augmented anew or
             streamed: then the same number may mean other inputs next time and nothing may be cached.
+        changing: why there is no ``origin``, for messages.
         size: number of examples of that data set, for caches that preallocate.
         share: in a step that mixes tasks, the part of its examples that are here: the weight of their mean loss. None
             for a batch that stands for itself.
@@ -37,6 +38,7 @@ class Batch:
     task: str | None = None
     origin: str | None = None
     size: int | None = None
+    changing: str | None = None
     share: float | None = None
     raw: Callable[[], dict[str, Tensor]] | None = field(default=None, repr=False)
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from hubtransfer.data.augmented import Augmented
 from hubtransfer.data.batch import Batch, Streams
 from hubtransfer.data.mixing import Mixture, Span, Turns, turns_per_epoch
 from hubtransfer.data.reader import Processor, Reader, as_batch, fingerprint_of, reader_for
@@ -263,9 +264,11 @@ class _Fetch:
         self.size = len(self.source.table)
         self.orders: dict[int, Tensor] = {}
         self.augment = Augmented(self.source, loader.seed, name)
-        kept = self.source.table.fixed and not self.source.augment
-        self.origin = fingerprint_of(self.source, loader.processor) if kept else None
-        self.offers_raw = kept and self.reader.gives_unprocessed and not loader.workers
+        plain = self.source.table.fixed and not self.source.augment
+        settled = self.augment.changing is None
+        key = fingerprint_of(self.source, loader.processor) if settled else ""
+        self.origin = self.augment.origin(key, epoch)
+        self.offers_raw = plain and self.reader.gives_unprocessed and not loader.workers
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows at positions ``[first, last)`` of the endless row of passes over the data set."""
@@ -289,37 +292,11 @@ class _Fetch:
         index = together[offset : span.own_last - span.first]
         seed = seed_of(loader.seed, "rows", self.name, self.epoch, step, loader.rank)
         values = self.reader.read(index, together, seed)
-        facts: dict[str, Any] = {"origin": self.origin, "size": self.size if self.origin else None}
+        facts: dict[str, Any] = {"origin": self.origin, "changing": self.augment.changing}
+        facts["size"] = self.size if self.origin else None
         if self.offers_raw:
             facts["raw"] = partial(self.reader.unprocessed, index)
         batch = as_batch(values, self.source, index, **facts)
         if loader.mixing is not None and loader.mixing.batches == "mixed":
             batch = batch.replace(share=len(index) / loader.batch_size)
         return self.augment(batch, self.epoch, step, loader.global_batch, offset)
-
-
-class Augmented:
-    """Applies a source's augmentation with random numbers that belong to (seed, epoch, step)."""
-
-    def __init__(self, source: Source, seed: int, name: str):
-        augment = source.augment
-        self.steps: list[Any] = [] if augment is None else [augment] if callable(augment) else list(augment)
-        if any(hasattr(step, "for_labels") for step in self.steps) and not source.iterable:
-            column = source.fields.labels
-            labels = source.table.labels(column) if isinstance(column, str) else None
-            self.steps = [step.for_labels(labels) if hasattr(step, "for_labels") else step for step in self.steps]
-        self.seed, self.name = seed, name
-
-    def __call__(self, batch: Batch, epoch: int, step: int, total: int, offset: int) -> Batch:
-        """Augment rows ``[offset, offset + len(batch))`` of a global batch of (when it is full) ``total``."""
-        for number, augment in enumerate(self.steps):
-            generator = torch.Generator().manual_seed(seed_of(self.seed, "augment", self.name, epoch, step, number))
-            draw = getattr(augment, "draw", None)
-            if draw is not None:  # draws for all processes' rows: the same whichever process has a row
-                drawn = {key: value[offset : offset + len(batch)] for key, value in draw(total, generator).items()}
-                batch = augment.apply(batch, drawn)
-            else:
-                generator.manual_seed(seed_of(generator.initial_seed(), offset))
-                batch = augment(batch, generator)
-            batch = batch.replace(origin=None, size=None)
-        return batch

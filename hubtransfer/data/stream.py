@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from hubtransfer.data.augmented import STREAMED
 from hubtransfer.data.batch import Batch
 from hubtransfer.data.reader import Processor, as_batch, process
 from hubtransfer.data.seeds import seed_of, seeded
@@ -104,7 +105,7 @@ class StreamReader:
         examples: list[Mapping[str, Any]] = [as_item(item, where) for item in items]
         fields = find_fields(list(examples[0]), self.source)
         values = process(collate(examples, fields.columns, where), fields, self.processor, where)
-        return self.augment(as_batch(values, self.source, None), epoch, step, total, offset)
+        return self.augment(as_batch(values, self.source, None, changing=STREAMED), epoch, step, total, offset)
 
 
 class _Ahead(IterableDataset):

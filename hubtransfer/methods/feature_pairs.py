@@ -140,17 +140,20 @@ class FeaturePairs:
         def compute() -> list[Tensor]:
             asked = zip(self.teachers, self.teacher_layers)
             found = [teacher(batch, layers=layers).features.maps if layers else {} for teacher, layers in asked]
-            return self.teacher_grids(found, batch)
+            return self.by_pair([self.grids(k, maps, batch.inputs) for k, maps in enumerate(found)])
 
         return batch.once(("feature pairs", id(self)), compute)
 
-    def teacher_grids(self, found: Sequence[Mapping[str, Tensor]], batch: Batch) -> list[Tensor]:
-        """Returns the teacher's map of each pair, from the maps that each teacher gave."""
-        grids = []
-        for number, layer, _ in self.pairs:
-            inputs = self.teachers[number].inputs(batch.inputs) if layer.kind == "tokens" else batch.inputs
-            grids.append(_grid(found[number][layer.name], layer, inputs))
-        return grids
+    def grids(self, teacher: int, maps: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns one teacher's maps by layer, from what it gave for the student's inputs."""
+        layers = {pair.theirs.name: pair.theirs for pair in self.pairs if pair.teacher == teacher}
+        if any(layer.kind == "tokens" for layer in layers.values()):
+            inputs = self.teachers[teacher].inputs(inputs)
+        return {name: _grid(maps[name], layer, inputs) for name, layer in layers.items()}
+
+    def by_pair(self, found: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        """Returns what was found of the teacher's layer of each pair, teacher by teacher and layer by layer."""
+        return [found[pair.teacher][pair.theirs.name] for pair in self.pairs]
 
 
 def _split(name: str, teachers: int) -> tuple[int, str]:

@@ -29,7 +29,8 @@ class OutputCache(nn.Module):
     Attributes:
         limit: Most bytes held in memory; a data set that would exceed it goes to `folder`.
         folder: Where rows beyond the limit are kept, in files that are mapped into memory and vanish with the process,
-            each process its own. Without one, a data set beyond the limit is not cached, which is logged once.
+            each process its own. Without one, a data set beyond the limit is not cached, which is logged once; so is
+            why inputs that may change are not.
     """
 
     def __init__(self, limit: int = 2 << 30, folder: str | PathLike[str] | None = None) -> None:
@@ -38,8 +39,11 @@ class OutputCache(nn.Module):
         self.folder = folder
         self._tables: dict[str, _Table | None] = {}
         self._batch: dict[str, int] = {}
+        self._refused: set[str] = set()
 
-    def outputs(self, batch: Batch, compute: Callable[[dict[str, Tensor]], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def outputs(
+        self, batch: Batch, compute: Callable[[dict[str, Tensor]], tuple[Tensor, ...]], of: str = ""
+    ) -> tuple[Tensor, ...]:
         """Returns `compute(inputs)` for a batch, from memory where all its examples are known.
 
         A matrix product may round an example's row otherwise in a batch of another size, so that a run that was resumed
@@ -49,10 +53,13 @@ class OutputCache(nn.Module):
         Args:
             batch: Kept where `origin` and `index` are set.
             compute: Maps inputs (batch, ...) to tensors (batch, ...), each row from its own example alone.
+            of: What is computed, where that is not always the same.
         """
         if batch.origin is None or batch.index is None:
+            self._refuse(batch)
             return compute(batch.inputs)
-        known = self.lookup(batch.origin, batch.index)
+        key = batch.origin + of
+        known = self.lookup(key, batch.index)
         if known is not None:
             device = next(iter(batch.inputs.values())).device
             return tuple(tensor.to(device) for tensor in known)
@@ -64,8 +71,15 @@ class OutputCache(nn.Module):
         else:
             filled = {k: torch.cat([v, v[:1].expand(missing, *v.shape[1:])]) for k, v in batch.inputs.items()}
             result = tuple(tensor[:count] for tensor in compute(filled))
-        self.store(batch.origin, batch.index, result, batch.size)
+        self.store(key, batch.index, result, batch.size)
         return result
+
+    def _refuse(self, batch: Batch) -> None:
+        """Logs once why nothing is kept."""
+        reason = batch.changing or "the batch does not name the unchanging data set that it comes from"
+        if reason not in self._refused:
+            self._refused.add(reason)
+            logger.warning("outputs of a frozen network are computed at each step instead of being cached: %s", reason)
 
     def get_extra_state(self) -> Tensor:
         """The largest batch seen of each data set, as JSON in a tensor of bytes."""
@@ -111,6 +125,10 @@ class OutputCache(nn.Module):
         table = self._tables.get(origin)
         if origin in self._tables and table is None:
             return  # too large
+        if table is not None and any(new.shape[1:] != old.shape[1:] for new, old in zip(outputs, table.tensors)):
+            logger.warning("outputs are of unequal shapes and computed at each step instead of being cached")
+            self._tables[origin] = None
+            return
         if table is None or needed > len(table.known):
             table = self._make(origin, table, needed, outputs)
             if table is None:
@@ -129,14 +147,21 @@ class OutputCache(nn.Module):
         held = [table for table in self._tables.values() if table is not None and not table.on_disk]
         return sum(t.numel() * t.element_size() for table in held for t in table.tensors)
 
+    def _limit(self, device: torch.device) -> int:
+        """The limit; on a GPU at most a quarter of what is free there, for a network trains beside it."""
+        if device.type != "cuda":
+            return self.limit
+        return min(self.limit, self.bytes() + torch.cuda.mem_get_info(device)[0] // 4)
+
     def _make(self, origin: str, old: _Table | None, rows: int, like: Sequence[Tensor]) -> _Table | None:
         """Takes memory for a data set; twice as much as needed where its size was not announced."""
         rows = rows if old is None else max(rows, 2 * len(old.known))
         wanted = sum(rows * tensor[0].numel() * tensor.element_size() for tensor in like)
-        on_disk = self.bytes() + wanted > self.limit
+        on_disk = self.bytes() + wanted > self._limit(like[0].device)
         if on_disk and self.folder is None:
             logger.warning(
-                "outputs of %d examples would take %.1f GiB and are computed at each step instead of being cached",
+                "outputs of %d examples would take %.1f GiB and are computed at each step instead of being cached; "
+                "OutputCache(folder=...) keeps them on disk",
                 rows,
                 wanted / 2**30,
             )

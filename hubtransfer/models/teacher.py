@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 class Teacher(nn.Module):
     """A frozen model: no gradients, always in evaluation mode, in no state dict, checkpoint or DDP bucket.
 
-    Logits and pooled features are kept by example number when the inputs are not augmented (`batch.origin` is set), so
-    the teacher runs once for each example and not once each epoch. Maps are computed at each step.
+    What it answers is kept by example number when the inputs do not change (`batch.origin` is set): then it runs once
+    for each example and not once each epoch. Inputs change where they are augmented, unless the augmentation is stored
+    (`Augment(variants=...)`), and where they are streamed: the reason is logged. Maps of texts, which are as long as a
+    batch's longest text, are computed at each step.
 
     A teacher sees images as it was trained to: when its processor standardises or sizes them otherwise than the
     student's, the batch is converted first (`check_student`).
@@ -90,14 +92,29 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def _answer(self, batch: Batch, layers: tuple[str, ...]) -> TransferModelOutput:
-        if layers or self.cache is None:
+        if self.model.training:
+            self.train(False)  # somebody else who holds the model put it into training mode
+        if self.cache is None or (layers and self.model.backbone.modality == "text"):
             return self.model(**self.inputs(batch.inputs), task=self.task, layers=layers)
-        logits, pooled = self.cache.outputs(batch, self._compute)
-        return TransferModelOutput(logits=logits, features=Features(pooled, {}))
 
-    def _compute(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        output = self.model(**self.inputs(inputs), task=self.task)
-        return output.logits, output.features.pooled
+        def compute(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+            output = self.model(**self.inputs(inputs), task=self.task, layers=layers)
+            return (output.logits, output.features.pooled, *(output.features.maps[name] for name in layers))
+
+        logits, pooled, *maps = self.kept(batch, ",".join(layers), compute)
+        return TransferModelOutput(logits=logits, features=Features(pooled, dict(zip(layers, maps))))
+
+    def kept(
+        self, batch: Batch, of: str, compute: Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """Returns what is computed of a batch's inputs, from the cache where it knows all examples.
+
+        Args:
+            batch: A batch.
+            of: Names what is computed.
+            compute: Maps inputs to tensors (batch, ...), each row from its own example alone, never changing.
+        """
+        return compute(batch.inputs) if self.cache is None else self.cache.outputs(batch, compute, of)
 
     def inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the student's inputs as the teacher wants them."""

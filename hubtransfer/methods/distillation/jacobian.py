@@ -1,7 +1,8 @@
 """Jacobian matching (Srinivas and Fleuret, 2018)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,20 +112,26 @@ class Jacobian(Distillation, name="jacobian", config=JacobianConfig, scenario=Si
         images = batch.inputs["pixel_values"].detach().requires_grad_()
         with evaluating(self.model), twice_differentiable():
             output = self.model(**{**batch.inputs, "pixel_values": images}, task=self.task, layers=self.pairs.layers)
-        maps = self.pairs.own_maps(output.features.maps, batch)
-        return [input_gradient(_peak(each), images, create_graph=True) for each in maps]
+        maps = {p.own.name: m for p, m in zip(self.pairs.pairs, self.pairs.own_maps(output.features.maps, batch))}
+        found = {name: input_gradient(_peak(each), images, create_graph=True) for name, each in maps.items()}
+        return [found[pair.own.name] for pair in self.pairs.pairs]
+
+    def teacher_jacobians(self, batch: Batch) -> list[Tensor]:
+        """Returns the teacher's Jacobian of each pair, with respect to the student's image; kept where inputs stay."""
+        found = []
+        for k, (teacher, layers) in enumerate(zip(self.pairs.teachers, self.pairs.teacher_layers)):
+            compute = partial(self._jacobians_of, k, layers)
+            each = teacher.kept(batch, f"jacobians of {', '.join(layers)}", compute) if layers else ()
+            found.append(dict(zip(layers, each)))
+        return self.pairs.by_pair(found)
 
     @torch.enable_grad()
-    def teacher_jacobians(self, batch: Batch) -> list[Tensor]:
-        """Returns the teacher's Jacobian of each pair, with respect to the student's image."""
-        images = batch.inputs["pixel_values"].detach().requires_grad_()
-        inputs = {**batch.inputs, "pixel_values": images}
-        found = []
-        for teacher, layers in zip(self.pairs.teachers, self.pairs.teacher_layers):  # which answer without gradients
-            answer = teacher.model(**teacher.inputs(inputs), task=teacher.task, layers=layers) if layers else None
-            found.append(answer.features.maps if answer is not None else {})
-        peaks = [_peak(maps) for maps in self.pairs.teacher_grids(found, batch)]
-        return [input_gradient(peak, images) for peak in peaks]
+    def _jacobians_of(self, number: int, layers: Sequence[str], inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        teacher, images = self.pairs.teachers[number], inputs["pixel_values"].detach().requires_grad_()
+        inputs = {**inputs, "pixel_values": images}
+        answer = teacher.model(**teacher.inputs(inputs), task=teacher.task, layers=layers)  # it answers without graph
+        maps = self.pairs.grids(number, answer.features.maps, inputs)
+        return tuple(input_gradient(_peak(maps[layer]), images) for layer in layers)
 
 
 @in_full_precision
