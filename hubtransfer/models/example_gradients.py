@@ -64,7 +64,8 @@ def sum_over_examples(
         count += len(next(iter(inputs.values())))
         while True:
             try:
-                found = ways[0](asked, inputs, further)
+                with torch.enable_grad():  # whoever measures may not be recording
+                    found = ways[0](asked, inputs, further)
                 break
             except (_NotThisWay, RuntimeError, ValueError) as error:
                 if len(ways) == 1:
@@ -109,8 +110,7 @@ def _linear_layers(asked: _Asked, inputs: Mapping[str, Tensor], further: tuple[T
 
     hooks = [layer.register_forward_hook(note) for layer in layers]
     try:
-        with torch.enable_grad():
-            scalars = asked.values(model(**inputs, task=asked.task).logits, *further)
+        scalars = asked.values(model(**inputs, task=asked.task).logits, *further)
     finally:
         for hook in hooks:
             hook.remove()
@@ -182,8 +182,7 @@ def _one_by_one(asked: _Asked, inputs: Mapping[str, Tensor], further: tuple[Tens
             p.requires_grad_(True)
         for i in range(len(next(iter(inputs.values())))):
             example = {name: tensor[i : i + 1] for name, tensor in inputs.items()}
-            with torch.enable_grad():
-                scalars = asked.values(model(**example, task=asked.task).logits, *(t[i : i + 1] for t in further))[0]
+            scalars = asked.values(model(**example, task=asked.task).logits, *(t[i : i + 1] for t in further))[0]
             for scalar in scalars:
                 found = torch.autograd.grad(scalar, list(flags), retain_graph=True, allow_unused=True)
                 for name, gradient in zip(parameters, found):

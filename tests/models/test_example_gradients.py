@@ -63,6 +63,14 @@ def test_all_ways_agree_on_a_perceptron(way, monkeypatch):
     compare(tiny_model(kind="mlp", dtype=torch.float64), batch(), only=way, monkeypatch=monkeypatch)
 
 
+def test_nobody_needs_to_record_gradients(monkeypatch):
+    monkeypatch.setattr(example_gradients, "_vectorised", None)
+    model, inputs = tiny_model(kind="mlp").eval(), batch(dtype=torch.float32)
+    with torch.no_grad():
+        found, _ = sum_over_examples(model, "task", [(inputs, (None,))], norms, dict(model.named_parameters()), 1)
+    assert all(value.abs().sum() > 0 and not value.requires_grad for value in found.values())
+
+
 @pytest.mark.parametrize("way", ["_vectorised", "_one_by_one"])
 def test_convolutions_and_normalisations(way, monkeypatch):
     compare(tiny_model(kind="cnn", dtype=torch.float64), batch(), only=way, monkeypatch=monkeypatch)
