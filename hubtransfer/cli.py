@@ -141,6 +141,16 @@ def report(
 
 
 @app.command()
+def compare(
+    document: Annotated[str, typer.Argument(help="A Markdown file with <!-- compare:begin {...} --> in it.")],
+) -> None:
+    """Write a document's table and picture of several recipes' results anew."""
+    from hubtransfer.commands import compare
+
+    compare.run(document)
+
+
+@app.command()
 def quickstart(overrides: Overrides = None) -> None:
     """The main job from end to end in a few minutes: patch, train, compare, save, share, reload.
 

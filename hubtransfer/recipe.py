@@ -120,12 +120,14 @@ class Headline:
         metric: which number.
         wrong: show 100 (1 - metric) instead: the share that is wrong, in per cent.
         rows: show only those alternatives of the grid that have one of these values, path -> values.
+        label: what the recipe is called beside others.
         paper: the paper's figure, in words.
     """
 
     metric: str
     wrong: bool = False
     rows: Mapping[str, list[Any]] = field(default_factory=dict)
+    label: str | None = None
     paper: str | None = None
 
 

@@ -1,0 +1,183 @@
+"""``hubtransfer compare``: the results of several recipes side by side, within a document that says which."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hubtransfer.config import from_dict, unknown_name, write_whole
+from hubtransfer.evaluation.confidence import mean_interval
+from hubtransfer.evaluation.side_by_side import Row, differences, draw
+from hubtransfer.experiment import read_results
+from hubtransfer.yaml_text import parse_yaml
+
+_PLACE = re.compile(r"<!-- compare:begin (.*?) -->\n(.*?)<!-- compare:end -->", flags=re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a document compares.
+
+    Attributes:
+        recipes: pattern of recipes' names; their results files lie in the document's folder.
+        columns: path of the grid whose values are the columns.
+        metric: which number.
+        percent: show 100 times the number.
+        differences: pairs (label, label) of recipes whose difference is shown, paired by seed.
+        picture: whether a PNG of the document's name is drawn beside it.
+    """
+
+    recipes: str
+    columns: str
+    metric: str = "accuracy"
+    percent: bool = True
+    differences: tuple[tuple[str, str], ...] = ()
+    picture: bool = True
+
+
+def run(path: str) -> None:
+    """Writes table and picture of a document anew.
+
+    Raises:
+        FileNotFoundError: there is no such document.
+        ValueError: it does not say what to compare, or there is nothing to compare.
+    """
+    document = Path(path)
+    text = document.read_text(encoding="utf-8")
+    wanted = _wanted(text, document.name)
+    write_whole(document, render(document))
+    if wanted.picture:
+        draw(
+            _rows(document.parent, wanted), document.with_suffix(".png"), wanted.metric, wanted.columns, _scale(wanted)
+        )
+
+
+def render(document: Path) -> str:
+    """The document's text with its table made anew from the results files beside it.
+
+    Raises:
+        ValueError: it does not say what to compare, or there is nothing to compare.
+    """
+    text = document.read_text(encoding="utf-8")
+    wanted = _wanted(text, document.name)
+    rows = _rows(document.parent, wanted)
+    body = [_table(rows, wanted), *_teachers(document.parent, wanted)]
+    if wanted.picture:
+        body.append(f"![{wanted.metric} by {wanted.columns}]({document.with_suffix('.png').name})")
+    if wanted.differences:
+        body.append(_difference_table(rows, wanted))
+    made = "\n\n".join(body)
+    return _PLACE.sub(lambda found: f"<!-- compare:begin {found[1]} -->\n{made}\n<!-- compare:end -->", text, count=1)
+
+
+def _wanted(text: str, where: str) -> Comparison:
+    found = _PLACE.search(text)
+    if found is None:
+        raise ValueError(
+            f"{where} has no comments <!-- compare:begin {{recipes: '*_few', columns: data.limit}} --> and "
+            "<!-- compare:end --> between which the table goes"
+        )
+    return from_dict(Comparison, parse_yaml(found[1], where), where)
+
+
+def _documents(folder: Path, wanted: Comparison) -> list[dict[str, Any]]:
+    files = sorted(folder.glob(f"{wanted.recipes}.results.json"))
+    if not files:
+        raise ValueError(f"{folder} has no results files {wanted.recipes}.results.json: run those recipes first")
+    return [{**json.loads(file.read_text(encoding="utf-8")), "cells": read_results(file)} for file in files]
+
+
+def _rows(folder: Path, wanted: Comparison) -> list[Row]:
+    """One row a recipe, or one for each alternative of what its grid changes besides the columns."""
+    found: dict[str, Row] = {}
+    for document in _documents(folder, wanted):
+        label = (document.get("headline") or {}).get("label") or document["recipe"]
+        for cell in document["cells"]:
+            changes = dict(cell["overrides"])
+            if wanted.columns not in changes or wanted.metric not in cell["numbers"]:
+                continue
+            column = changes.pop(wanted.columns)
+            name = " ".join([label, *(f"{k.rpartition('.')[2]}={v}" for k, v in changes.items())])
+            row = found.setdefault(name, Row(name, document["recipe"], {}))
+            row.cells.setdefault(column, {})[cell["seed"]] = cell["numbers"][wanted.metric]
+    if not found:
+        raise ValueError(f"no results of {wanted.recipes} have {wanted.metric!r} for values of {wanted.columns!r}")
+    first = min(column for row in found.values() for column in row.cells)
+    return sorted(found.values(), key=lambda row: -row.mean(first))
+
+
+def _table(rows: list[Row], wanted: Comparison) -> str:
+    columns = sorted({column for row in rows for column in row.cells})
+    best = {c: max(row.mean(c) for row in rows) for c in columns}
+    seeds = sorted({len(values) for row in rows for values in row.cells.values()})
+    many = "-".join(map(str, sorted({seeds[0], seeds[-1]})))
+    lines = [
+        f"{wanted.metric.capitalize()}{' in %' if wanted.percent else ''}, mean over {many} seeds ± half of the 95 % "
+        f"interval, by `{wanted.columns}`; the best of a column is bold.",
+        "",
+        f"| recipe | {' | '.join(map(str, columns))} |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for row in rows:
+        cells = [_cell(row.cells.get(c), wanted, bold=row.mean(c) == best[c]) for c in columns]
+        lines.append(f"| [{row.name}]({row.recipe}.yaml) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _teachers(folder: Path, wanted: Comparison) -> list[str]:
+    summaries = [document.get("teachers", []) for document in _documents(folder, wanted)]
+    chosen = [row for rows in summaries for row in rows if row["metric"] == wanted.metric]
+    found = {
+        _cell_of(row["mean"], row["interval"] and (row["interval"][1] - row["interval"][0]) / 2, wanted): row["n"]
+        for row in chosen
+    }
+    return ["Teacher: " + "; ".join(f"{cell} ({n} seeds)" for cell, n in found.items()) + "."] if found else []
+
+
+def _difference_table(rows: list[Row], wanted: Comparison) -> str:
+    named = {row.name: row for row in rows}
+    for name in (name for pair in wanted.differences for name in pair):
+        if name not in named:
+            raise ValueError(unknown_name("recipe", name, named, "differences"))
+    found = [(a, b, differences(named[a], named[b])) for a, b in wanted.differences]
+    columns = sorted({column for _, _, values in found for column in values})
+    lines = [
+        f"Differences{' in percentage points' if wanted.percent else ''}, paired by seed; bold where the 95 % interval "
+        "does not hold 0.",
+        "",
+        f"| difference | {' | '.join(map(str, columns))} |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for a, b, values in found:
+        cells = [_difference(values.get(column), wanted) for column in columns]
+        lines.append(f"| {a} minus {b} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: Mapping[int, float] | None, wanted: Comparison, bold: bool) -> str:
+    if not values:
+        return ""
+    found = mean_interval(list(values.values()))
+    text = _cell_of(found.mean, found.half, wanted)
+    return f"**{text}**" if bold else text
+
+
+def _cell_of(mean: float, half: float | None, wanted: Comparison) -> str:
+    scale, digits = _scale(wanted), 1 if wanted.percent else 3
+    return f"{scale * mean:.{digits}f}" + ("" if half is None else f" ± {scale * half:.{digits}f}")
+
+
+def _difference(values: list[float] | None, wanted: Comparison) -> str:
+    if not values:
+        return ""
+    found = mean_interval(values)
+    text = ("+" if found.mean >= 0 else "") + _cell_of(found.mean, found.half, wanted)
+    return f"**{text}**" if found.half is not None and (found.low > 0 or found.high < 0) else text
+
+
+def _scale(wanted: Comparison) -> float:
+    return 100.0 if wanted.percent else 1.0

@@ -1,0 +1,110 @@
+"""Results of several recipes side by side: the table by hand, paired differences, and the repository's documents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hubtransfer import cli
+from hubtransfer.commands import compare
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [p for p in sorted((ROOT / "recipes").rglob("*.md")) if "<!-- compare:begin" in p.read_text("utf-8")]
+MARKS = "Words before.\n<!-- compare:begin {} -->\nstale\n<!-- compare:end -->\nWords after.\n"
+
+
+def write_results(folder: Path, name: str, accuracy: dict[int, list[float]], **more: Any) -> None:
+    """Seeds 0, 1, ... of each value of data.limit."""
+    cells = [
+        {"seed": seed, "overrides": {"data.limit": limit}, "numbers": {"accuracy": value}}
+        for limit, values in accuracy.items()
+        for seed, value in enumerate(values)
+    ]
+    (folder / f"{name}.results.json").write_text(json.dumps({"recipe": name, "cells": cells, **more}))
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    write_results(tmp_path, "kd_few", {10: [0.60, 0.70], 20: [0.80, 0.80]}, headline={"label": "KD"})
+    teacher = {"metric": "accuracy", "mean": 0.9, "interval": [0.89, 0.91], "n": 2}
+    write_results(tmp_path, "at_few", {10: [0.50, 0.62]}, teachers=[teacher])
+    write_results(tmp_path, "other", {10: [1.0]})
+    path = tmp_path / "few.md"
+    path.write_text(MARKS.format("{recipes: '*_few', columns: data.limit, differences: [[KD, at_few]]}"))
+    return path
+
+
+def test_a_table_by_hand(document: Path) -> None:
+    # two seeds: t(0.975, 1) = 12.7062, so half = 12.7062 s / sqrt 2 = 12.7062 |a - b| / 2.
+    # KD at 10: 65.0 and 12.7062 * 10 / 2 = 63.5; AT: 56.0 and 76.2; the paired differences are 10 and 8: 9.0 and 12.7
+    cli_run(document)
+    text = document.read_text()
+    assert text.startswith("Words before.\n<!-- compare:begin {recipes: '*_few'") and text.endswith("Words after.\n")
+    assert "stale" not in text
+    assert "| recipe | 10 | 20 |" in text
+    assert "| [KD](kd_few.yaml) | **65.0 ± 63.5** | **80.0 ± 0.0** |" in text
+    assert "| [at_few](at_few.yaml) | 56.0 ± 76.2 |  |" in text
+    assert text.index("[KD]") < text.index("[at_few]")  # the best first
+    assert "| KD minus at_few | +9.0 ± 12.7 |" in text
+    assert "Teacher: 90.0 ± 1.0 (2 seeds)." in text
+    assert "other" not in text
+    assert document.with_suffix(".png").stat().st_size > 5_000
+    again = compare.render(document)
+    assert again == text  # nothing is written twice
+
+
+def cli_run(document: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", str(document)])
+    assert not stop.value.code
+
+
+def test_a_difference_that_is_sure_is_bold(tmp_path: Path) -> None:
+    write_results(tmp_path, "a", {1: [0.60, 0.70]})
+    write_results(tmp_path, "b", {1: [0.50, 0.60]})
+    path = tmp_path / "c.md"
+    path.write_text(MARKS.format("{recipes: '*', columns: data.limit, differences: [[b, a]], picture: false}"))
+    cli_run(path)
+    assert "| b minus a | **-10.0 ± 0.0** |" in path.read_text()
+    assert not path.with_suffix(".png").exists()
+
+
+def test_what_a_grid_changes_besides_the_columns_makes_rows(tmp_path: Path) -> None:
+    cells = [
+        {"seed": 0, "overrides": {"data.limit": 5, "method.beta": beta}, "numbers": {"accuracy": 0.5}}
+        for beta in (0.0, 1.0)
+    ]
+    (tmp_path / "x.results.json").write_text(json.dumps({"recipe": "x", "cells": cells}))
+    path = tmp_path / "x.md"
+    path.write_text(MARKS.format("{recipes: x, columns: data.limit, picture: false}"))
+    cli_run(path)
+    assert "[x beta=0.0](x.yaml)" in path.read_text() and "[x beta=1.0](x.yaml)" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("inside", "message"),
+    [
+        ("{recipes: 'no_*', columns: data.limit}", "run those recipes first"),
+        ("{recipes: '*_few', columns: data.size}", "no results of"),
+        ("{recipes: '*_few', columns: data.limit, metric: acuracy}", "no results of"),
+        ("{recipes: '*_few', column: data.limit}", "unknown key 'column'"),
+        ("{recipes: '*_few', columns: data.limit, differences: [[KD, AT]]}", "unknown recipe 'AT'"),
+    ],
+)
+def test_errors_say_what_is_wrong(document: Path, inside: str, message: str) -> None:
+    document.write_text(MARKS.format(inside))
+    with pytest.raises(ValueError, match=message):
+        compare.run(str(document))
+    document.write_text("no marks")
+    with pytest.raises(ValueError, match="has no comments"):
+        compare.run(str(document))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_document_is_current(path: Path) -> None:
+    assert compare.render(path) == path.read_text("utf-8"), f"out of date: run `hubtransfer compare {path}`"
+    picture = path.with_suffix(".png")
+    assert picture.is_file() or picture.name not in path.read_text("utf-8")
