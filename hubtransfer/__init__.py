@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         ClassificationHead as ClassificationHead,
         DenseHead as DenseHead,
         MultiLabelHead as MultiLabelHead,
+        PatchStore as PatchStore,
         RegressionHead as RegressionHead,
         Teacher as Teacher,
         TransferModel as TransferModel,
@@ -69,7 +70,7 @@ _HOME = {
     "rotated_tasks split_tasks",
     "hubtransfer.methods": "Method OptimizerConfig",
     "hubtransfer.methods.finetuning": "FineTune",
-    "hubtransfer.models": "ClassificationHead DenseHead MultiLabelHead RegressionHead Teacher TransferModel "
+    "hubtransfer.models": "ClassificationHead DenseHead MultiLabelHead PatchStore RegressionHead Teacher TransferModel "
     "initialise_from_teacher",
     "hubtransfer.patches": "DeepenConfig DepthwiseConfig ScaleBiasConfig SplitConfig WidenConfig",
     "hubtransfer.training": "Trainer TrainingArguments",

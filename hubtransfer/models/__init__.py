@@ -7,6 +7,7 @@ from hubtransfer.models.inherit import Inherited, initialise_from_teacher
 from hubtransfer.models.model import TransferModel
 from hubtransfer.models.output import TransferModelOutput
 from hubtransfer.models.predict import Prediction
+from hubtransfer.models.store import PatchStore
 from hubtransfer.models.tasks import TaskSpec
 from hubtransfer.models.teacher import Teacher
 from hubtransfer.models.towers import stitched_model
@@ -18,6 +19,7 @@ __all__ = [
     "Inherited",
     "MultiLabelHead",
     "OutputCache",
+    "PatchStore",
     "Prediction",
     "RegressionHead",
     "TaskSpec",

@@ -1,18 +1,43 @@
-"""One batch with examples of several tasks: the trunk runs once for each patch, each head on its own examples."""
+"""One batch with examples of several tasks: one pass of the trunk where patches allow it, each head on its own rows."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hubtransfer.backbones import Features
+from hubtransfer.patches import Gather, Layout, Owned, Patch, applied, gathered, gathering_fails
 
 if TYPE_CHECKING:
-    from hubtransfer.models.heads import Inputs
+    from hubtransfer.models.heads import HeadConfig, Inputs
     from hubtransfer.models.model import TransferModel
+
+logger = logging.getLogger(__name__)
+
+
+class Member(NamedTuple):
+    """A task of the batch.
+
+    Attributes:
+        name: Its name.
+        head: Its head's config.
+        module: Its head.
+        patch: Its patch; none for tasks that use the trunk as it is and for those that come as a row.
+        row: Its patch as numbers, (total,), where it comes from a store.
+        layout: Which of the row's numbers belong to which layer.
+    """
+
+    name: str
+    head: HeadConfig | None
+    module: nn.Module | None
+    patch: Patch | None = None
+    row: Tensor | None = None
+    layout: Layout | None = None
 
 
 def run_mixed(
@@ -20,7 +45,9 @@ def run_mixed(
 ) -> tuple[Tensor | None, Tensor | list[Tensor], Features]:
     r"""Runs every example through its own task.
 
-    Tasks without a patch share one pass of the trunk.
+    In evaluation mode the trunk runs once: each example takes its own task's tensors in the layers that patches own.
+    Kinds of patches that cannot do this, and all of them in training mode, get a pass for each patch. Tasks without a
+    patch share a pass in any case.
 
     .. math:: L = \sum_t \frac{n_t}{n} L_t
 
@@ -45,48 +72,166 @@ def run_mixed(
         raise ValueError(f"task= names {len(tasks)} tasks for {len(first)} examples; give one name, or one each")
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(tasks):
-        rows.setdefault(model.task_name(name), []).append(row)
-    passes: dict[str | None, list[str]] = {}
-    for name in rows:
-        passes.setdefault(name if name in model.patches else None, []).append(name)
+        rows.setdefault(name, []).append(row)
 
-    order = torch.tensor([row for names in passes.values() for name in names for row in rows[name]])
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order))
-    order, inverse = order.to(first.device), inverse.to(first.device)
-    everything = _take(inputs, order)
-    shuffled_labels = None if labels is None else labels[order.to(labels.device)]
-
-    start, runs, logits, loss = 0, [], [], None
-    for names in passes.values():
-        stop = start + sum(len(rows[name]) for name in names)
-        wanted = tuple(dict.fromkeys(layer for name in names for layer in model.layers_for(name, layers)))
-        features = model.features(_take(everything, slice(start, stop)), wanted, names[0])
-        runs.append(features)
-        at = 0
-        for name in names:
-            count = len(rows[name])
-            part = slice(start + at, start + at + count)
-            own = Features(features.pooled[at : at + count], {k: v[at : at + count] for k, v in features.maps.items()})
-            logits.append(model.logits(own, name, _take(everything, part)))
-            if shuffled_labels is not None:
-                term = model.loss(logits[-1], shuffled_labels[part], name) * (count / len(order))
+    order: list[int] = []
+    found: list[Features] = []
+    logits: list[Tensor] = []
+    loss = None
+    for members in _passes(model, model.members(rows)):
+        own = sorted(row for member in members for row in rows[member.name])
+        part = inputs if len(own) == len(tasks) else _take(inputs, own)
+        wanted = tuple(dict.fromkeys([*layers, *_read_by_heads(model, members)]))
+        with model.turn(), _prepared(model, members, [tasks[row] for row in own]):
+            features = model.backbone(part, wanted)
+        place = {row: k for k, row in enumerate(own)}
+        for member in members:
+            few = _rows_of(model.own_features(features, member.name), [place[row] for row in rows[member.name]])
+            found.append(few)
+            logits.append(_logits(member, few, part))
+            order += rows[member.name]
+            if labels is not None:
+                known = labels[torch.tensor(rows[member.name], device=labels.device)]
+                term = _loss(member, logits[-1], known) * (len(known) / len(tasks))
                 loss = term if loss is None else loss + term
-            at += count
-        start = stop
 
-    pooled = (
-        torch.cat([run.pooled for run in runs])[inverse] if _alike([run.pooled for run in runs]) else runs[0].pooled
-    )
-    maps = {layer: torch.cat([run.maps[layer] for run in runs])[inverse] for layer in layers}
+    pooled = [few.pooled for few in found]
+    whole = _in_order(pooled, order) if _alike(pooled) else pooled[0]
+    maps = {name: _in_order([few.maps[name] for few in found], order) for name in layers}
     if _alike(logits):
-        return loss, torch.cat(logits)[inverse], Features(pooled, maps)
-    by_example = [row for part in logits for row in part]
-    return loss, [by_example[k] for k in inverse.tolist()], Features(pooled, maps)
+        return loss, _in_order(logits, order), Features(whole, maps)
+    by_example = dict(zip(order, (row for part in logits for row in part)))
+    return loss, [by_example[row] for row in range(len(tasks))], Features(whole, maps)
 
 
-def _take(inputs: Inputs, rows: Tensor | slice) -> Inputs:
-    return {k: v[rows] for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs[rows]
+def one_pass_is_possible(model: TransferModel, owned: Mapping[str, Owned | tuple[Gather, slice]]) -> bool:
+    """Whether examples with their own tensors in these layers can go through the trunk together; tried once."""
+    key = frozenset(owned)
+    if key not in model.one_pass:
+        with torch.autocast(model.device.type, enabled=False), model.turn():
+            reason = gathering_fails(model.backbone, {name: found[0] for name, found in owned.items()})
+        model.one_pass[key] = reason is None
+        if reason is not None:
+            logger.warning("batches of several tasks need a pass of the trunk for each patch: %s", reason)
+    return model.one_pass[key]
+
+
+# ---- passes
+
+
+def _passes(model: TransferModel, members: Sequence[Member]) -> list[list[Member]]:
+    """Which tasks run through the trunk together."""
+    shared: list[Member] = []
+    plain: list[Member] = []
+    alone: list[Member] = []
+    for member in members:
+        if member.patch is None:
+            (plain if member.row is None else shared).append(member)
+        else:
+            owned = member.patch.gathered() if model.may_gather else None
+            fits = owned is not None and one_pass_is_possible(model, owned)
+            (shared if fits else alone).append(member)
+    if not plain and len(shared) == 1 and shared[0].row is None:
+        alone, shared = shared + alone, []  # nothing to share
+    together = shared + plain
+    return [*([together] if together else []), *([member] for member in alone)]
+
+
+def _prepared(model: TransferModel, members: Sequence[Member], tasks: Sequence[str]) -> AbstractContextManager[None]:
+    """While this lasts the trunk computes for these tasks, one name an example."""
+    first = members[0]
+    if len(members) > 1 or first.row is not None:
+        layers = _examples(model, members, tasks)
+        if layers:
+            return gathered(model.backbone, layers)
+    if first.name in model.tasks:
+        return model.computing(first.name)
+    return nullcontext() if first.patch is None else applied(first.patch)
+
+
+def _examples(
+    model: TransferModel, members: Sequence[Member], tasks: Sequence[str]
+) -> dict[str, tuple[Gather, Tensor]]:
+    """Each layer that patches own, with the numbers of each example, (examples, numbers)."""
+    own: list[Mapping[str, Owned]] = []
+    stored: dict[int, list[Member]] = {}  # by layout
+    gathers: dict[str, Gather] = {}
+    number: dict[str, int] = {}
+    for member in members:
+        if member.row is None:
+            number[member.name] = len(own)
+            own.append(member.patch.gathered() or {} if member.patch is not None else {})
+            gathers |= {name: owned.gather for name, owned in own[-1].items()}
+        elif member.layout is not None:
+            stored.setdefault(id(member.layout), []).append(member)
+            gathers |= {name: gather for name, (gather, _) in member.layout.items()}
+    blocks: list[tuple[Layout, Tensor]] = []
+    for group in stored.values():
+        start = len(number)
+        number |= {member.name: start + k for k, member in enumerate(group)}
+        blocks.append((group[0].layout or {}, torch.stack([member.row for member in group if member.row is not None])))
+    examples = torch.tensor([number[name] for name in tasks], device=model.device)
+    trunk = model.backbone.trunk
+    found = {}
+    for name, gather in gathers.items():
+        module = trunk.get_submodule(name)
+        owners = [layers[name].owner if name in layers else module for layers in own]
+        parts = [gather.rows(module, owners)] if owners else []
+        for layout, rows in blocks:
+            if name in layout:
+                parts.append(rows[:, layout[name][1]].to(model.device))
+            else:
+                parts.append(gather.rows(module, [module]).expand(len(rows), -1))
+        every = parts[0] if len(parts) == 1 else torch.cat(parts)
+        found[name] = (gather, every.index_select(0, examples))
+    return found
+
+
+# ---- heads
+
+
+def _read_by_heads(model: TransferModel, members: Sequence[Member]) -> list[str]:
+    return [name for member in members if member.head is not None for name in member.head.layers(model.backbone)]
+
+
+def _logits(member: Member, features: Features, inputs: Inputs) -> Tensor:
+    if member.head is None:
+        return features.pooled
+    assert member.module is not None
+    return member.head.logits(member.module, features, inputs)
+
+
+def _loss(member: Member, logits: Tensor, labels: Tensor) -> Tensor:
+    if member.head is None:
+        raise ValueError(f"task {member.name!r} has no head and so no loss")
+    try:
+        return member.head.loss(logits, labels)
+    except ValueError as error:
+        raise ValueError(f"task {member.name!r}: {error}") from None
+
+
+# ---- rows
+
+
+def _take(values: Inputs, rows: Sequence[int]) -> Inputs:
+    if isinstance(values, Mapping):
+        return {name: value[torch.tensor(rows, device=value.device)] for name, value in values.items()}
+    return values[torch.tensor(rows, device=values.device)]
+
+
+def _rows_of(features: Features, rows: Sequence[int]) -> Features:
+    chosen = torch.tensor(rows, device=features.pooled.device)
+    return Features(features.pooled[chosen], {name: value[chosen] for name, value in features.maps.items()})
+
+
+def _in_order(parts: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+    """Rows of the parts, of which the k-th belongs to example `order[k]`, in the order of the examples."""
+    joined = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    if list(order) == sorted(order):
+        return joined
+    inverse = torch.empty(len(order), dtype=torch.long)
+    inverse[torch.tensor(order)] = torch.arange(len(order))
+    return joined[inverse.to(joined.device)]
 
 
 def _alike(tensors: Sequence[Tensor]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -19,12 +19,12 @@ from hubtransfer.models.heads import ClassificationHead, HeadConfig, Inputs, Lin
 from hubtransfer.models.mixed import run_mixed
 from hubtransfer.models.output import TransferModelOutput
 from hubtransfer.models.saving import Saving
-from hubtransfer.models.switching import Switching
+from hubtransfer.models.serving import Serving
 from hubtransfer.models.tasks import TaskSpec, check_task_name
 from hubtransfer.patches import Patch, build_patch
 
 
-class TransferModel(Saving, Switching):
+class TransferModel(Saving, Serving):
     """A backbone with named tasks on it.
 
     Every task has a head, and possibly a patch: the few tensors in which it differs from the shared trunk. Running one
@@ -182,6 +182,7 @@ class TransferModel(Saving, Switching):
         """
         growth.apply(self, op, kwargs)
         self.growth.append((op, copy.deepcopy(kwargs)))
+        self.one_pass.clear()
         return self._forget_modes()
 
     # -------------------------------------------------------------------------------------------------- running
@@ -204,7 +205,8 @@ class TransferModel(Saving, Switching):
             attention_mask: (batch, length), 1 for tokens and 0 for padding.
             token_type_ids: (batch, length).
             labels: As the task's head wants them; the output then has a loss.
-            task: One name for all examples, or one for each; the active task by default.
+            task: One name for all examples, or one for each; the active task by default. In evaluation mode patches of
+                most kinds share one pass of the trunk.
             layers: Maps to return in `features.maps`.
 
         Raises:
@@ -216,6 +218,8 @@ class TransferModel(Saving, Switching):
             inputs = {name: tensor for name, tensor in text.items() if tensor is not None}
             if not inputs:
                 raise ValueError("the model got no inputs: give it pixel_values, or input_ids and attention_mask")
+        if isinstance(task, str) and self.is_stored(task):
+            task = [task] * len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
         if task is not None and not isinstance(task, str):
             loss, mixed, features = run_mixed(self, inputs, labels, task, layers)
             return TransferModelOutput(loss=loss, logits=mixed, features=features)
@@ -234,11 +238,9 @@ class TransferModel(Saving, Switching):
             task: The active one by default.
         """
         name = self.task_name(task) if task is not None or self.active_task is not None else None
-        if self.training and self._mode_of != name:
-            self._set_modes(name)
-        with self._running(name):
+        with self.turn(), self.computing(name):
             found = self.backbone(inputs, layers)
-        return found if not found.by_task or name is None else Features(*self._own(found, name)[:2], found.by_task)
+        return found if not found.by_task or name is None else Features(*self.own_features(found, name)[:2], found.by_task)
 
     def logits(self, features: Features, task: str | None = None, inputs: Inputs | None = None) -> Tensor:
         """Applies a task's head alone.
@@ -249,7 +251,7 @@ class TransferModel(Saving, Switching):
             inputs: The inputs, for heads that predict at their size (`DenseHead`).
         """
         name = self.task_name(task)
-        head, features = self.tasks[name].head, self._own(features, name)
+        head, features = self.tasks[name].head, self.own_features(features, name)
         return features.pooled if head is None else head.logits(self.heads[name], features, inputs)
 
     def loss(self, logits: Tensor, labels: Tensor, task: str | None = None) -> Tensor:
@@ -298,7 +300,7 @@ class TransferModel(Saving, Switching):
         """Returns the task's own parameters (patch and head) as a share of the trunk's."""
         name = self.task_name(task)
         own = sum(p.numel() for m in (self.heads, self.patches) if name in m for p in m[name].parameters())
-        with self._unmerged():
+        with self.unmerged():
             return own / max(1, sum(p.numel() for p in self.backbone.trunk.parameters()))
 
     @property
@@ -320,7 +322,7 @@ class TransferModel(Saving, Switching):
         config.keys_to_ignore_at_inference = ["features"]
         return config
 
-    def predict(self, images_or_texts: Any, task: str | None = None, batch_size: int = 64) -> list[Any]:
+    def predict(self, images_or_texts: Any, task: str | Sequence[str] | None = None, batch_size: int = 64) -> list[Any]:
         """Predicts from raw images or texts; see `hubtransfer.models.predict.predict`."""
         from hubtransfer.models.predict import predict
 
@@ -347,7 +349,7 @@ class TransferModel(Saving, Switching):
         except ValueError as error:
             raise ValueError(f"task {name!r}: {error}") from None
 
-    def _own(self, features: Features, task: str) -> Features:
+    def own_features(self, features: Features, task: str) -> Features:
         """A task's own features, where tasks have networks of their own."""
         if features.by_task and task not in features.by_task:
             raise ValueError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hubtransfer.models.heads import ClassificationHead, DenseHead, HeadConfig, MultiLabelHead, RegressionHead
 
 if TYPE_CHECKING:
+    from hubtransfer.models.mixed import Member
     from hubtransfer.models.model import TransferModel
 
 
@@ -38,7 +39,7 @@ class Prediction:
 
 @torch.no_grad()
 def predict(
-    model: TransferModel, images_or_texts: Any, task: str | None = None, batch_size: int = 64
+    model: TransferModel, images_or_texts: Any, task: str | Sequence[str] | None = None, batch_size: int = 64
 ) -> list[Prediction]:
     """Predicts from raw inputs in evaluation mode; every module's mode is afterwards what it was.
 
@@ -46,29 +47,44 @@ def predict(
         model: The model; its processor makes the inputs.
         images_or_texts: What the processor takes: images (list, array or uint8 tensor), texts, or one of them; or a
             mapping of the model's own input tensors.
-        task: The active one by default.
+        task: One name for all examples, or one for each; the active one by default.
         batch_size: Examples at a time.
 
     Raises:
-        ValueError: if the task has no head.
+        ValueError: if there is no such task, it has no head, or there is not one name for each example.
     """
-    name = model.task_name(task)
-    head = model.tasks[name].head
-    if head is None:
-        raise ValueError(f"task {name!r} has no head and predicts nothing; model.features(inputs) gives its features")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    raw = _listed(images_or_texts)
+    count = len(next(iter(raw.values()), ())) if isinstance(raw, Mapping) else len(raw)
+    one = [task or model.task_name()] if task is None or isinstance(task, str) else []
+    tasks = one * count if one else list(task or ())
+    if len(tasks) != count:
+        raise ValueError(f"task= names {len(tasks)} tasks for {count} examples; give one name, or one each")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     answers: list[Prediction] = []
     with evaluating(model):
-        for inputs in _batches(model, images_or_texts, batch_size):
+        heads = {member.name: _with_head(member) for member in model.members(one)}
+        for start in range(0, count, batch_size):
+            names = tasks[start : start + batch_size]
+            heads |= {member.name: _with_head(member) for member in model.members(dict.fromkeys(names))}
+            inputs = _inputs(model, raw, slice(start, start + batch_size))
             ready = {
                 key: value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
                 for key, value in inputs.items()
             }
-            logits = model(**ready, task=name).logits.float().cpu()
-            answers += [_RULES[type(head)](head, row) for row in logits]
+            logits = model(**ready, task=names if len(set(names)) > 1 else names[0]).logits
+            rows = logits if isinstance(logits, list) else logits.float().cpu()
+            answers += [_RULES[type(heads[n])](heads[n], row.float().cpu()) for n, row in zip(names, rows)]
     return answers
+
+
+def _with_head(member: Member) -> HeadConfig:
+    if member.head is None:
+        raise ValueError(
+            f"task {member.name!r} has no head and predicts nothing; model.features(inputs) gives its features"
+        )
+    return member.head
 
 
 @contextmanager
@@ -83,17 +99,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             each.training = mode
 
 
-def _batches(model: TransferModel, raw: Any, size: int) -> Iterator[Mapping[str, Tensor]]:
-    if isinstance(raw, Mapping):
-        count = len(next(iter(raw.values()), ()))
-        for start in range(0, count, size):
-            yield {key: value[start : start + size] for key, value in raw.items()}
-        return
+def _listed(raw: Any) -> Any:
+    """Several raw inputs, or a mapping of input tensors; one image or text becomes a list of one."""
     is_image = hasattr(raw, "convert")  # PIL's, which may have __array__ too
-    if isinstance(raw, str) or is_image or not (isinstance(raw, (Sequence, Tensor)) or hasattr(raw, "__array__")):
-        raw = [raw]
-    for start in range(0, len(raw), size):
-        yield model.processor(raw[start : start + size])
+    many = isinstance(raw, (Mapping, Sequence, Tensor)) or hasattr(raw, "__array__")
+    return raw if many and not is_image and not isinstance(raw, str) else [raw]
+
+
+def _inputs(model: TransferModel, raw: Any, rows: slice) -> Mapping[str, Tensor]:
+    if isinstance(raw, Mapping):
+        return {key: value[rows] for key, value in raw.items()}
+    return model.processor(raw[rows])
 
 
 def _named(head: HeadConfig, index: int) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -12,22 +10,30 @@ import torch
 from torch import nn
 
 from hubtransfer.backbones import Backbone, Processor
-from hubtransfer.config import from_dict, to_dict
+from hubtransfer.config import to_dict
 from hubtransfer.models import files
 from hubtransfer.models.heads import HeadConfig
+from hubtransfer.models.patch_files import (
+    HEAD_TENSORS,
+    PATCH,
+    PATCH_TENSORS,
+    Folder,
+    describe,
+    head_from,
+    local_folder,
+    patch_from,
+    read_patch,
+)
 from hubtransfer.models.record import record_of
-from hubtransfer.patches import Patch, patch_from_dict, patch_to_dict
+from hubtransfer.patches import Patch, patch_to_dict
 
 if TYPE_CHECKING:
     from hubtransfer.models.model import TransferModel
 
-logger = logging.getLogger(__name__)
-Folder = str | os.PathLike[str]
 Model = TypeVar("Model", bound="Saving")
 
 MODEL, MODEL_TENSORS = "config.json", "model.safetensors"
 RUN = "run.json"
-PATCH, PATCH_TENSORS, HEAD_TENSORS = "patch.json", "patch.safetensors", "head.safetensors"
 
 
 class Saving:
@@ -71,7 +77,7 @@ class Saving:
             FileNotFoundError: if the folder is not there or holds no model.
             ValueError: if a file is damaged, or the tensors do not fit exactly.
         """
-        folder = _folder(name_or_path, revision, token)
+        folder = local_folder(name_or_path, revision, token)
         manifest = files.read_manifest(folder, MODEL, "model")
         with torch.random.fork_rng(devices=[]):  # loading draws random weights only to overwrite them
             if backbone is None:
@@ -80,7 +86,7 @@ class Saving:
             for op, kwargs in manifest["growth"]:
                 model.grow(op, **kwargs)
             for name, spec in manifest["tasks"].items():
-                model.add_task(name, _head_from(spec["head"], name), _patch_from(spec["patch"]))
+                model.add_task(name, head_from(spec["head"], name), patch_from(spec["patch"]))
         if manifest["active"] is not None:
             model.set_task(manifest["active"])
         tensors = files.read_tensors(folder, MODEL_TENSORS, manifest)
@@ -149,29 +155,26 @@ class Saving:
             ValueError: if a file is damaged, the task exists already, or the patch was made for another backbone.
         """
         model = cast("TransferModel", self)
-        folder = _folder(name_or_path, revision, token, [PATCH, PATCH_TENSORS, HEAD_TENSORS])
-        manifest = files.read_manifest(folder, PATCH, "patch")
-        name = manifest["task"] if task is None else task
-        tensors = files.read_tensors(folder, PATCH_TENSORS, manifest) if manifest["patch"] is not None else {}
-        weights = files.read_tensors(folder, HEAD_TENSORS, manifest) if manifest["head"] is not None else {}
-        made_for, here = _describe(manifest["source"]), _describe(model.backbone.source)
+        saved = read_patch(name_or_path, revision, token)
+        name = saved.task if task is None else task
         active = model.active_task
         with torch.random.fork_rng(devices=[]):
             try:
-                model.add_task(name, _head_from(manifest["head"], name), _patch_from(manifest["patch"]))
+                model.add_task(name, saved.head, saved.patch)
             except ValueError as error:
-                if name in model.tasks or made_for == here:
+                if name in model.tasks or saved.made_for == describe(model.backbone.source):
                     raise
-                raise ValueError(f"this patch was made for {made_for} and does not fit {here}: {error}") from None
+                raise saved.misfit(model.backbone, error) from None
         try:
             try:
-                if tensors:
-                    model.patches[name].load_tensors(tensors)  # type: ignore[operator]
-                if weights:
-                    files.fill(model.heads[name].state_dict(keep_vars=True), weights, str(folder / HEAD_TENSORS))
+                if saved.tensors:
+                    model.patches[name].load_tensors(saved.tensors)  # type: ignore[operator]
+                if saved.weights:
+                    where = str(saved.folder / HEAD_TENSORS)
+                    files.fill(model.heads[name].state_dict(keep_vars=True), saved.weights, where)
             except ValueError as error:
-                raise ValueError(f"this patch was made for {made_for} and does not fit {here}: {error}") from None
-            self._check_fingerprint(manifest["fingerprint"], made_for, strict)
+                raise saved.misfit(model.backbone, error) from None
+            saved.check_fingerprint(model.backbone, strict)
         except ValueError:
             model.remove_task(name)
             model.active_task = active
@@ -196,7 +199,7 @@ class Saving:
             raise ValueError(
                 f"task {name!r} has no patch to export; those with one: {', '.join(model.patches) or 'none'}"
             )
-        with model._unmerged():
+        with model.unmerged():
             export_peft(cast(Patch, model.patches[name]), model.backbone, folder)
 
     def push_patch_to_hub(
@@ -245,7 +248,7 @@ class Saving:
             _write_run(staging, model, None)
             _write_card(staging, folder, model, card, None, name)
 
-        with model._unmerged():
+        with model.unmerged():
             files.write_folder(folder, MODEL, write)
         return folder
 
@@ -276,21 +279,9 @@ class Saving:
             _write_run(staging, model, task)
             _write_card(staging, folder, model, None, task, name)
 
-        with model._unmerged():
+        with model.unmerged():
             files.write_folder(folder, PATCH, write)
         return folder
-
-    def _check_fingerprint(self, saved: str, made_for: str, strict: bool) -> None:
-        own = cast("TransferModel", self).backbone.fingerprint()
-        if own == saved:
-            return
-        message = (
-            f"this patch was made for {made_for} with other weights (fingerprint {str(saved)[:12]}, this trunk has "
-            f"{own[:12]})"
-        )
-        if strict:
-            raise ValueError(f"{message}; load the trunk it was made for, or pass strict=False to use it all the same")
-        logger.warning("%s; loaded all the same since strict=False", message)
 
 
 def _header(what: str) -> dict[str, Any]:
@@ -303,33 +294,8 @@ def _head(config: HeadConfig | None) -> dict[str, Any] | None:
     return None if config is None else to_dict(config)
 
 
-def _head_from(saved: dict[str, Any] | None, task: str) -> HeadConfig | None:
-    return None if saved is None else from_dict(HeadConfig, saved, f"the head of task {task!r}")  # type: ignore[type-abstract]
-
-
 def _patch(config: Any) -> Any:
     return None if config is None else patch_to_dict(config)
-
-
-def _patch_from(saved: Any) -> Any:
-    return None if saved is None else patch_from_dict(saved)
-
-
-def _describe(source: dict[str, Any]) -> str:
-    return str(source.get("name") or source.get("library"))
-
-
-def _folder(name_or_path: Folder, revision: str | None, token: str | None, patterns: list[str] | None = None) -> Path:
-    """The local folder itself, or the Hub's copy."""
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    name = os.fspath(name_or_path)
-    if path.is_absolute() or path.exists() or name.startswith((".", "~")) or name.count("/") != 1 or "\\" in name:
-        raise FileNotFoundError(f"{name!r} is neither a folder nor the name of a repository such as 'me/birds'")
-    from hubtransfer.models import hub
-
-    return hub.fetch(name, revision=revision, token=token, allow_patterns=patterns)
 
 
 def _write_run(staging: Path, model: TransferModel, task: str | None) -> None:

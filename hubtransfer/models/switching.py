@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
 from hubtransfer.backbones import Backbone
 from hubtransfer.models.tasks import TaskModules
 from hubtransfer.patches import applied, train_where_it_learns
+
+if TYPE_CHECKING:
+    from hubtransfer.models.store import PatchStore
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 _NOT_SET = object()
@@ -35,6 +38,8 @@ class Switching(nn.Module):
         self._merge: tuple[str, AbstractContextManager[None]] | None = None
         self._mode_of: Any = _NOT_SET  # the task whose training flags the trunk's modules carry now
         self._modes: dict[str | None, list[tuple[nn.Module, bool]]] = {}
+        self.one_pass: dict[frozenset[str], bool] = {}
+        self.store: PatchStore | None = None
 
     def _merged_with(self, name: str) -> None:
         """Leaves the task's patch in place until `revert`."""
@@ -65,6 +70,14 @@ class Switching(nn.Module):
                 train_where_it_learns(head)
             self._set_modes(self.active_task)
         return self
+
+    @contextmanager
+    def computing(self, name: str | None) -> Iterator[None]:
+        """While this lasts the trunk computes for the task, its modules in the mode that holds for it."""
+        if self.training and self._mode_of != name:
+            self._set_modes(name)
+        with self._running(name):
+            yield
 
     def _running(self, name: str | None) -> AbstractContextManager[None]:
         """While this lasts the trunk computes what the task needs."""
@@ -99,7 +112,7 @@ class Switching(nn.Module):
             )
 
     @contextmanager
-    def _unmerged(self) -> Iterator[None]:
+    def unmerged(self) -> Iterator[None]:
         """Takes a merged patch out for a while."""
         merged = self._merge[0] if self._merge is not None else None
         self.revert()
@@ -110,13 +123,13 @@ class Switching(nn.Module):
                 self._merged_with(merged)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        with self._unmerged():  # .to() makes new buffers: they must land in the patch and in the trunk, not in one
+        with self.unmerged():  # .to() makes new buffers: they must land in the patch and in the trunk, not in one
             return super()._apply(fn, recurse)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        with self._unmerged():
+        with self.unmerged():
             self._forget_modes()
             clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return clone

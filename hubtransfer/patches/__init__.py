@@ -4,8 +4,9 @@ from hubtransfer.patches.build import build_patch, patch_from_dict, patch_to_dic
 from hubtransfer.patches.deepen import DeepenConfig
 from hubtransfer.patches.depthwise import DepthwiseConfig
 from hubtransfer.patches.export import export_peft
+from hubtransfer.patches.gather import Gather, Layout, Owned, gathered, gathering_fails, packed
 from hubtransfer.patches.patch import PATCHES, ComposedPatch, Patch, PatchConfig, applied
-from hubtransfer.patches.places import Slot
+from hubtransfer.patches.places import Slot, checkpointing_is_on
 from hubtransfer.patches.registry import patches
 from hubtransfer.patches.scale_bias import ScaleBiasConfig
 from hubtransfer.patches.split import SplitConfig
@@ -17,6 +18,9 @@ __all__ = [
     "ComposedPatch",
     "DeepenConfig",
     "DepthwiseConfig",
+    "Gather",
+    "Layout",
+    "Owned",
     "Patch",
     "PatchConfig",
     "ScaleBiasConfig",
@@ -25,7 +29,11 @@ __all__ = [
     "WidenConfig",
     "applied",
     "build_patch",
+    "checkpointing_is_on",
     "export_peft",
+    "gathered",
+    "gathering_fails",
+    "packed",
     "patch_from_dict",
     "patch_to_dict",
     "patches",

@@ -1,5 +1,6 @@
 """Depthwise patches: a task's own depthwise convolutions, or new ones beside the trunk's layers."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from hubtransfer.patches.gather import Gather, Owned, lent, plain_forward, stacked
 from hubtransfer.patches.patch import Patch, PatchConfig
 from hubtransfer.patches.places import chosen
 from hubtransfer.patches.stand_in import StandIn
@@ -75,6 +77,10 @@ class DepthwisePatch(Patch):
         if not self._bindings:
             raise ValueError(_nothing_found(backbone, config.layers))
 
+    def gathered(self) -> Mapping[str, Owned] | None:
+        """Every depthwise convolution; inserted ones are layers of their own, which are not gathered."""
+        return None if self.config.insert else self._owned_layers(lambda module: DEPTHWISE)
+
     def _insert(self, backbone: "Backbone") -> None:
         if backbone.modality == "text":
             raise ValueError(
@@ -90,6 +96,27 @@ class DepthwisePatch(Patch):
         for layer in layers:
             module = InsertedDepthwise(layer.channels, self.config.kernel_size, layer.kind == "tokens", layer.prefix)
             self._stand_in(layer.name, module.to(like))
+
+
+class DepthwiseGather(Gather):
+    """One grouped convolution for all examples, which become channels: (b, c, h, w) is one example of b c channels."""
+
+    def rows(self, module: nn.Module, owners: Sequence[nn.Module]) -> Tensor:
+        """Filters and, where the layer has them, biases: (owners, numbers)."""
+        return torch.cat([part for key in module._parameters if (part := stacked(owners, key)) is not None], 1)
+
+    def run(self, module: nn.Module, rows: Tensor, x: Tensor) -> Tensor:
+        """(batch, c, h, w) -> (batch, c times the filters a channel, ...)."""
+        assert isinstance(module, _ConvNd)
+        rows = rows.to(module.weight.dtype)
+        weight = rows[:, : module.weight.numel()].reshape(-1, *module.weight.shape[1:])
+        bias = None if module.bias is None else rows[:, module.weight.numel() :].reshape(-1)
+        with lent(module, _parameters={"weight": weight, "bias": bias}, groups=len(x) * module.groups):
+            out = plain_forward(module, x.reshape(1, -1, *x.shape[2:]))
+        return out.reshape(len(x), -1, *out.shape[2:])
+
+
+DEPTHWISE = DepthwiseGather()
 
 
 class InsertedDepthwise(StandIn):

@@ -8,13 +8,14 @@ never meet one another.
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from hubtransfer.patches.gather import Gather, Owned
 from hubtransfer.patches.places import HEAD, Binding, Slot, checkpointing, places_of
 from hubtransfer.patches.training_mode import KEEPS_STATISTICS
 
@@ -73,6 +74,7 @@ class Patch(nn.Module):
     own: nn.Module
     _host: tuple["Backbone"]
     _slots: list[Slot] | None
+    _owned: dict[str, Owned] | None
     _watched: list[tuple[dict[str, Any], str, bool]]
 
     def __init__(self, config: Any, backbone: "Backbone"):
@@ -145,7 +147,7 @@ class Patch(nn.Module):
     def _attach(self, backbone: "Backbone") -> "Patch":
         """Look the places up again, in this backbone (needed after it was copied or replaced)."""
         self.__dict__["_host"] = (backbone,)  # in a tuple, so that the trunk is not registered inside the patch
-        self.__dict__["_slots"] = None
+        self.__dict__["_slots"] = self.__dict__["_owned"] = None
         self.__dict__["_watched"] = checkpointing(backbone.trunk)
         return self
 
@@ -171,6 +173,25 @@ class Patch(nn.Module):
     def parts(self) -> tuple["Patch", ...]:
         """The patches a composed patch consists of; of any other the patch itself."""
         return (self,)
+
+    def gathered(self) -> Mapping[str, Owned] | None:
+        """The layers in which the task differs, for one pass of the trunk over examples of several tasks (`gather`).
+
+        Returns:
+            Name of the trunk's layer -> how it runs then, and the task's tensors; None where this is not possible.
+        """
+        return None
+
+    def _owned_layers(self, gather_of: Callable[[nn.Module], Gather | None]) -> Mapping[str, Owned] | None:
+        """`gathered` for patches that own copies of layers' tensors."""
+        if self._owned is None:
+            names = dict.fromkeys(str(binding.host) for binding in self._bindings)
+            trunk = self._backbone.trunk
+            found = {name: (gather_of(trunk.get_submodule(name)), self._node(name)) for name in names}
+            if any(gather is None for gather, _ in found.values()):
+                return None
+            self.__dict__["_owned"] = {name: Owned(*pair) for name, pair in found.items()}  # type: ignore[arg-type]
+        return self._owned
 
     # ------------------------------------------------------------------ tensors
 
@@ -206,13 +227,13 @@ class Patch(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Patch":
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("_host", "_slots", "_watched")}
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("_host", "_slots", "_owned", "_watched")}
         clone.__dict__.update(copy.deepcopy(kept, memo))
         # A patch copied together with its backbone belongs to the copy; copied alone it stays with the same trunk.
         return clone._attach(memo.get(id(self._backbone), self._backbone))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_slots": None, "_watched": None}
+        return {**self.__dict__, "_slots": None, "_owned": None, "_watched": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -237,6 +258,18 @@ class ComposedPatch(Patch):
         if slots is None:
             slots = self.__dict__["_slots"] = [slot for part in self.parts() for slot in part._compiled()]
         return slots
+
+    def gathered(self) -> Mapping[str, Owned] | None:
+        """All members' layers."""
+        if self._owned is None:
+            owned: dict[str, Owned] = {}
+            for part in self.parts():
+                found = part.gathered()
+                if found is None:
+                    return None
+                owned |= found
+            self.__dict__["_owned"] = owned
+        return self._owned
 
     def tensors(self) -> dict[str, Tensor]:
         """The union of the members' tensors."""

@@ -78,3 +78,8 @@ def checkpointing(trunk: nn.Module) -> list[tuple[dict[str, Any], str, bool]]:
         if hasattr(module, "gradient_checkpointing"):  # transformers
             flags.append((module.__dict__, "gradient_checkpointing", True))
     return flags
+
+
+def checkpointing_is_on(trunk: nn.Module) -> bool:
+    """Whether some module would compute its activations a second time in backward."""
+    return any(flags.get(key) for flags, key, _ in checkpointing(trunk))

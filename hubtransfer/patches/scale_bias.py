@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from hubtransfer.patches.gather import Owned
+from hubtransfer.patches.gathered_norms import gather_of_norm
 from hubtransfer.patches.patch import Patch, PatchConfig
 from hubtransfer.patches.places import chosen
 
@@ -98,6 +100,10 @@ class ScaleBiasPatch(Patch):
         tensors = super().tensors()
         counts = [tensors.pop(name) for name in list(tensors) if name.rpartition(".")[2] == "num_batches_tracked"]
         return {**tensors, COUNTS: torch.stack(counts)} if counts else tensors
+
+    def gathered(self) -> "Mapping[str, Owned] | None":
+        """Every normalisation layer, where it normalises each example by itself."""
+        return self._owned_layers(gather_of_norm)
 
     def load_tensors(self, tensors: "Mapping[str, Tensor]") -> None:
         """See `Patch.load_tensors`."""

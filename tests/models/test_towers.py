@@ -262,3 +262,14 @@ def test_it_is_a_backbone_of_towers():
     model = stitched_model(singles(), LAYERS)
     assert isinstance(model.backbone, Towers)
     assert "stitched=('act1', 'act2')" in repr(model.backbone)
+
+
+def test_a_batch_of_several_tasks_takes_each_tasks_own_network():
+    model = stitched_model(singles(), layers=LAYERS).eval()
+    x, tasks = images(4), ["b", "a", "a", "b"]
+    logits = model(x, task=tasks, layers=["act1"])
+    for row, task in enumerate(tasks):
+        alone = model(x[row : row + 1], task=task, layers=["act1"])
+        torch.testing.assert_close(logits.logits[row], alone.logits[0])
+        torch.testing.assert_close(logits.features.pooled[row], alone.features.pooled[0])
+        torch.testing.assert_close(logits.features.maps["act1"][row], alone.features.maps["act1"][0])
