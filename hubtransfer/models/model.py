@@ -240,7 +240,9 @@ class TransferModel(Saving, Serving):
         name = self.task_name(task) if task is not None or self.active_task is not None else None
         with self.turn(), self.computing(name):
             found = self.backbone(inputs, layers)
-        return found if not found.by_task or name is None else Features(*self.own_features(found, name)[:2], found.by_task)
+        return (
+            found if not found.by_task or name is None else Features(*self.own_features(found, name)[:2], found.by_task)
+        )
 
     def logits(self, features: Features, task: str | None = None, inputs: Inputs | None = None) -> Tensor:
         """Applies a task's head alone.
