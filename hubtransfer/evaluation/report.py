@@ -76,13 +76,17 @@ def sections(run: Run) -> list[Section]:
 
 
 def to_markdown(run: Run) -> str:
-    """The tables as Markdown."""
+    """The tables and pictures as Markdown, for a file in the run's folder."""
     parts = [f"# {run.record.get('method', {}).get('title') or run.folder.name}"]
     for section in sections(run):
         head = "| " + " | ".join(section.columns) + " |"
         rule = "|" + "---|" * len(section.columns)
         rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in section.rows]
         parts.append("\n".join([f"## {section.title}", "", head, rule, *rows]))
+    pictures = sorted(file.name for file in run.folder.glob("*.png"))
+    if pictures:
+        shown = [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in pictures]
+        parts.append("\n\n".join(["## Pictures", *shown]))
     return "\n\n".join(parts) + "\n"
 
 

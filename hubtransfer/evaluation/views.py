@@ -113,13 +113,15 @@ def logit_correlations(
     means = {name: float(found.abs().sum() / pairs) for name, found in differences.items()}
     largest = max(float(found.abs().max()) for found in differences.values()) or 1.0
     labels = names if names is not None and len(names) <= NAMES_AT_MOST else None
-    side = min(5.0, max(2.6, 0.26 * wanted[1])) if labels else 3.4
-    with _figure(path, side * len(students) + 1.2, side + 0.7) as figure:
+    side = min(5.0, max(2.8, 0.26 * wanted[1])) if labels else 3.4
+    room = 0.08 * max(map(len, labels or ("class",)))  # for the names beside and below the first panel
+    with _figure(path, side * len(students) + 1.2 + room, side + 0.8 + room) as figure:
         axes = figure.subplots(1, len(students), squeeze=False)[0]
         for number, (axis, (name, found)) in enumerate(zip(axes, differences.items())):
             image = axis.imshow(found.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest)
             axis.grid(False)
-            axis.set_title(f"{name}: {means[name]:.3f}")
+            title = name.replace(" + ", "\n+ ")
+            axis.set_title(f"{title}\nmean |D| = {means[name]:.3f}", loc="center", fontsize=9)
             if labels is not None:
                 axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
                 axis.set_yticks(range(len(labels)), labels if number == 0 else [""] * len(labels), fontsize=8)
@@ -130,7 +132,7 @@ def logit_correlations(
             for edge in axis.spines.values():
                 edge.set_edgecolor(GREY)
                 edge.set_visible(True)
-        figure.colorbar(image, ax=list(axes), label="teacher's minus student's correlation", fraction=0.05, pad=0.02)
+        figure.colorbar(image, ax=list(axes), label="D: teacher's minus student's correlation", shrink=0.8)
     return means
 
 

@@ -28,6 +28,7 @@ from hubtransfer.training.progress import Cursor, Window
 from hubtransfer.training.record import run_record
 from hubtransfer.training.runtime import Runtime
 from hubtransfer.training.state import RunState
+from hubtransfer.training.views import Views
 
 log = logging.getLogger(__name__)
 
@@ -342,7 +343,7 @@ class Trainer:
         chosen: list[Callback] = [JsonLines()]
         chosen += [Progress()] if arguments.progress else []
         chosen += [Tracker()] if arguments.tracker else []
-        return chosen + ([Plots()] if arguments.plots else [])
+        return chosen + ([Plots(), Views()] if arguments.plots else [])
 
     def _tell(self, event: str, *facts: Any) -> None:
         for callback in self.callbacks:

@@ -107,6 +107,7 @@ def test_body(tmp_path: Path) -> None:
     assert "30,000 parameters were trained; the backbone has 2,000,000 (1.5 %)." in text
     assert "| `trains` | patch |" in text and "| `inner.rate` | 0.1 |" in text and r"| `inner.note` | a\|b |" in text
     assert "| `epochs` | 5 |" in text and "| digits | 12,345 | ab12 |" in text
+    assert "output_dir" not in text and "secret-folder" not in text  # says something about a machine, not the model
     assert "Method: **Fine-tuning** (Yosinski 2014)." in text
     assert "![curve](plots/curve.png)" in text and "missing.png" not in text and "outside" not in text
     assert "hubtransfer train recipe.yaml" in text and "Seeds: 0, 1, 2." in text and "| torch | 2.6.0 |" in text
