@@ -66,7 +66,8 @@ class AB(Distillation, name="ab", config=ABConfig, scenario=SingleTask):
     same wherever the activation keeps the sign (ReLU, GELU, SiLU, tanh); the student's goes through the connector. Maps
     of unlike size: the student's is pooled, or repeated, to the teacher's. Weights double from pair to pair.
 
-    Source: https://arxiv.org/abs/1811.03233, section 3; beta as in the authors' code.
+    Source: https://arxiv.org/abs/1811.03233, the section on the activation transfer loss; weights of layers and beta
+    as in the common benchmark's code.
     """
 
     paper = "Heo 2019"

@@ -62,7 +62,7 @@ class AttentionTransfer(Distillation, name="attention_transfer", config=Attentio
     Differs from the paper: `form="code"`, the default, is the authors' code: the sum over j of the mean square over
     batch and positions, times beta (no half).
 
-    Source: https://arxiv.org/abs/1612.03928, equation 2.
+    Source: https://arxiv.org/abs/1612.03928, the section on activation-based attention transfer.
     """
 
     paper = "Zagoruyko 2017"

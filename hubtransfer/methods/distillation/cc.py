@@ -63,7 +63,7 @@ class CC(Distillation, name="cc", config=CCConfig, scenario=SingleTask):
     Differs from the paper: this is the correlation term alone (add `KD` for the paper's sum); batches are shuffled,
     not sampled by class or cluster; the bilinear kernel too takes features of unit length.
 
-    Source: https://arxiv.org/abs/1904.01802, section 3.
+    Source: https://arxiv.org/abs/1904.01802, the sections on correlation congruence and on its kernels.
     """
 
     paper = "Peng 2019"

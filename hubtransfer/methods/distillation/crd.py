@@ -77,7 +77,7 @@ class CRD(Distillation, name="crd", config=CRDConfig, scenario=SingleTask):
     (`normaliser="none"` leaves that out), and the bank answers for y too. `form="batch"` needs no bank: the negatives
     are the batch's examples of other classes, of which an example may have more or fewer.
 
-    Source: https://arxiv.org/abs/1910.10699, section 3.1 (the critic with N / M).
+    Source: https://arxiv.org/abs/1910.10699, the section on the contrastive loss (the critic with N / M).
     """
 
     paper = "Tian 2020"

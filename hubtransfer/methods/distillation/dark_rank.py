@@ -62,7 +62,7 @@ class DarkRank(Distillation, name="dark_rank", config=DarkRankConfig, scenario=S
     Differs from the paper: the L nearest are ranked among themselves, not all examples of the batch; there is no
     margin or verification loss beside it, only the head's own.
 
-    Source: https://arxiv.org/abs/1707.01220, section 3.
+    Source: https://arxiv.org/abs/1707.01220, the section on cross sample similarities transfer (the hard form).
     """
 
     paper = "Chen 2018"

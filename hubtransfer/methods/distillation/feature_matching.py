@@ -39,7 +39,7 @@ class FeatureMatching(Distillation, name="feature_matching", config=FeatureMatch
 
     Differs from the paper: of two maps of unequal size the larger is pooled (the authors' code resizes the source's).
 
-    Source: https://arxiv.org/abs/1905.05901, equation 1 and the rows FM of table 1.
+    Source: https://arxiv.org/abs/1905.05901, the section on feature matching and the rows FM of its tables.
     """
 
     paper = "Jang 2019"

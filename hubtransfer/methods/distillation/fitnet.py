@@ -72,7 +72,7 @@ class FitNet(Distillation, name="fitnet", config=FitNetConfig, scenario=SingleTa
     Differs from the paper: the regressor is a 1x1 convolution after pooling to the same size (the paper's is large
     enough to need no padding); the mean in place of half the sum; the weight of an added KD stays constant.
 
-    Source: https://arxiv.org/abs/1412.6550, equation 3 and algorithm 1.
+    Source: https://arxiv.org/abs/1412.6550, the section on hint-based training and the algorithm of its stages.
     """
 
     paper = "Romero 2015"

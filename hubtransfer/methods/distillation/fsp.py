@@ -61,8 +61,8 @@ class FSP(Distillation, name="fsp", config=FSPConfig, scenario=SingleTask):
     learns the task; the mean over entries, as in the common benchmark, where the paper has their sum; average in place
     of max pooling; projections of unequal channels, which the paper does not have.
 
-    Source: https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html, equations 1
-    and 2.
+    Source: https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html, the sections on
+    the FSP matrix and its loss.
     """
 
     paper = "Yim 2017"

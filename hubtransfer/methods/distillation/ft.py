@@ -67,7 +67,7 @@ class FT(Distillation, name="ft", config=FTConfig, scenario=SingleTask):
     negative. The mean of absolute differences is the authors' code's. Of two factors of unequal size the larger is
     average-pooled to the smaller.
 
-    Source: https://arxiv.org/abs/1802.04977, equations 1 to 3.
+    Source: https://arxiv.org/abs/1802.04977, the sections on the paraphraser and the translator.
     """
 
     paper = "Kim 2018"

@@ -71,7 +71,7 @@ class Jacobian(Distillation, name="jacobian", config=JacobianConfig, scenario=Si
     Differs from the paper: each network's largest attention value is its own; attention as in the authors of
     attention transfer's code; activations are compared where the attention is.
 
-    Source: https://arxiv.org/abs/1803.00443, sections 3 and 4.
+    Source: https://arxiv.org/abs/1803.00443, the sections on distillation and on transfer learning.
     """
 
     paper = "Srinivas 2018"

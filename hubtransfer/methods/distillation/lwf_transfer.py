@@ -60,7 +60,8 @@ class LwFTransfer(Distillation, name="lwf_transfer", config=LwFTransferConfig, s
     Differs from the paper: the student need not be a copy of the source, as in L2T's tables; its second head starts
     from random weights and not from the source's, and trains from the first step on (no warm-up of the new head).
 
-    Source: https://arxiv.org/abs/1606.09282, equations 2 and 3; as transfer: https://arxiv.org/abs/1905.05901, table 1.
+    Source: https://arxiv.org/abs/1606.09282, the section on the method and its distillation loss; as transfer:
+    https://arxiv.org/abs/1905.05901, the rows LwF of its tables.
     """
 
     paper = "Li 2016"

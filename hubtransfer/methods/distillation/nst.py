@@ -38,7 +38,7 @@ class NST(Distillation, name="nst", config=NSTConfig, scenario=SingleTask):
 
     Differs from the paper: the squared polynomial kernel alone, its best one; computed from Gram matrices.
 
-    Source: https://arxiv.org/abs/1707.01219, equations 6 to 8.
+    Source: https://arxiv.org/abs/1707.01219, the sections on maximum mean discrepancy and on the transfer's loss.
     """
 
     paper = "Huang 2017"

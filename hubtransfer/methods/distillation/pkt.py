@@ -48,7 +48,7 @@ class PKT(Distillation, name="pkt", config=PKTConfig, scenario=SingleTask):
     Differs from the paper: as in the authors' code an example counts among its own neighbours, the sum over pairs is
     a mean, and 1e-7 is added inside the logarithm.
 
-    Source: https://arxiv.org/abs/1803.10837, section 3.
+    Source: https://arxiv.org/abs/1803.10837, the section on probabilistic knowledge transfer.
     """
 
     paper = "Passalis 2018"

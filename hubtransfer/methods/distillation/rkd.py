@@ -55,7 +55,7 @@ class RKD(Distillation, name="rkd", config=RKDConfig, scenario=SingleTask):
     Differs from the paper: means over all pairs and triplets, those with themselves included, as in the authors' code.
     The angles take memory of order b^2, and their gradient is computed with their value.
 
-    Source: https://arxiv.org/abs/1904.05068, sections 3.2.1 and 3.2.2.
+    Source: https://arxiv.org/abs/1904.05068, the sections on the distance-wise and on the angle-wise loss.
     """
 
     paper = "Park 2019"

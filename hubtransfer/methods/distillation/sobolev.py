@@ -64,7 +64,7 @@ class Sobolev(Distillation, name="sobolev", config=SobolevConfig, scenario=Singl
     Differs from the paper: the loss of labels comes on top; derivatives are of log-probabilities for all tasks, the
     paper's policy distillation among them.
 
-    Source: https://arxiv.org/abs/1706.04859, section 2 (stochastic Sobolev training).
+    Source: https://arxiv.org/abs/1706.04859, the section on Sobolev training, its stochastic form.
     """
 
     paper = "Czarnecki 2017"

@@ -55,7 +55,7 @@ class SP(Distillation, name="sp", config=SPConfig, scenario=SingleTask):
     Differs from the paper: by default it compares pooled features, which need no maps; `pairs="single"` compares the
     maps of the last layers as the paper's experiments do.
 
-    Source: https://arxiv.org/abs/1907.09682, section 3.
+    Source: https://arxiv.org/abs/1907.09682, the section on similarity-preserving knowledge distillation.
     """
 
     paper = "Tung 2019"

@@ -69,7 +69,7 @@ class VID(Distillation, name="vid", config=VIDConfig, scenario=SingleTask):
     of two maps of unequal size the larger is average-pooled to the smaller. rho starts at the inverse softplus of
     `variance`, so that sigma^2 starts there.
 
-    Source: https://arxiv.org/abs/1904.05835, equations 3 to 6.
+    Source: https://arxiv.org/abs/1904.05835, the section on the variational bound and its Gaussian form.
     """
 
     paper = "Ahn 2019"
