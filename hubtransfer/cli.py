@@ -122,22 +122,30 @@ def card(
     folder: Annotated[str, typer.Argument(help="A saved model or patch.")],
     repo: Annotated[str | None, typer.Option(help="Repository it will be pushed to, for the code in the card.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Write README.md in place of printing.")] = False,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="Single-task run or results file: tell of the gain over it.")
+    ] = None,
 ) -> None:
     """Generate the model card of a saved model from what is known about it."""
     from hubtransfer.commands import card
 
-    card.run(folder, repo, write)
+    card.run(folder, repo, write, baseline or [])
 
 
 @app.command()
 def report(
     run: Annotated[str, typer.Argument(help="Output folder of a run, or a results file.")],
     as_json: Json = False,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help="Single-task run or results file, or key=value of rows: show the gain over it."),
+    ] = None,
+    plots: Annotated[str | None, typer.Option(help="Folder for a picture of two tasks against one another.")] = None,
 ) -> None:
-    """Show what a run gave: numbers, confidence intervals over seeds, learning curves."""
+    """Show what a run gave: numbers, confidence intervals over seeds, learning curves, gain over single tasks."""
     from hubtransfer.commands import report
 
-    report.run(run, as_json)
+    report.run(run, as_json, baseline or [], plots)
 
 
 @app.command()

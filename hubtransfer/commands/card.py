@@ -3,30 +3,62 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hubtransfer.backbones import Backbone
+from hubtransfer.commands.report import single_task
+from hubtransfer.evaluation import report
+from hubtransfer.evaluation.multitask import relative_gain
 from hubtransfer.models import TransferModel, card
 
 
-def run(path: str, repo: str | None, write: bool) -> None:
+def run(path: str, repo: str | None, write: bool, baselines: Sequence[str] = ()) -> None:
     """Prints the generated card of a saved model or patch, or writes it as README.md.
+
+    Args:
+        path: Folder of the model or patch.
+        repo: Repository it will be pushed to.
+        write: Whether to write README.md.
+        baselines: Single-task runs or results files: the card then has a row with the gain over them.
 
     Raises:
         FileNotFoundError: the folder holds neither.
-        ValueError: README.md was written by a person; it is never replaced.
+        ValueError: README.md was written by a person; it is never replaced. Or nothing was measured to be compared.
     """
     folder = Path(path)
     model, task = _load(folder)
+    record = _record(folder)
+    if baselines:
+        record = _with_gain(record, folder, baselines)
     target = folder / "README.md"
     if not write:
-        print(card.render(model, _record(folder), task, name=repo or folder.name))
+        print(card.render(model, record, task, name=repo or folder.name))
         return
     if target.exists() and not card.is_generated(target.read_text(encoding="utf-8")):
         raise ValueError(f"{target} was written by a person and stays; move it away to have one generated")
-    card.write(folder, model, _record(folder), task, name=repo)
+    card.write(folder, model, record, task, name=repo)
     print(target)
+
+
+def _with_gain(record: dict[str, Any] | None, folder: Path, baselines: Sequence[str]) -> dict[str, Any]:
+    """The record with one more result: the relative gain over single-task training, averaged over tasks."""
+    if not record or not record.get("results"):
+        raise ValueError(
+            f"nothing was measured for {folder}, so there is no gain over {', '.join(baselines)} to tell of"
+        )
+    single = report.mean_numbers(single_task(baselines, ()))
+    first = record["results"][0]
+    gain = {
+        "task": "all tasks",
+        "dataset": first["dataset"],
+        "split": "relative to single-task networks",
+        "metric": "relative_gain",
+        "values": [relative_gain(report.numbers(record), single)],
+        "n": None,
+    }
+    return {**record, "results": [*record["results"], gain]}
 
 
 def _load(folder: Path) -> tuple[TransferModel, str | None]:

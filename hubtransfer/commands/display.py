@@ -43,6 +43,13 @@ def options(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
+def short(key: str, value: Any) -> str:
+    """A setting as a few words: the last part of its dotted name, and values that are mappings without braces."""
+    if isinstance(value, Mapping):
+        value = " ".join(f"{k}={v}" for k, v in value.items())
+    return f"{key.rpartition('.')[2]} {value}" if "=" in str(value) else f"{key.rpartition('.')[2]}={value}"
+
+
 def loud() -> None:
     """Shows the library's own log lines."""
     logger = logging.getLogger("hubtransfer")

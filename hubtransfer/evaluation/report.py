@@ -75,6 +75,22 @@ def sections(run: Run) -> list[Section]:
     return [section for section in found if section is not None and section.rows]
 
 
+def numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """The results of a run as ``task/metric`` -> value, the mean where there are several seeds."""
+    found: dict[str, float] = {}
+    for result in record.get("results", ()):
+        values = [float(value) for value in result.get("values", ())]
+        if values:
+            found.setdefault(f"{result.get('task') or ''}/{result['metric']}".lstrip("/"), sum(values) / len(values))
+    return found
+
+
+def mean_numbers(many: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each number over those runs that have it."""
+    names = dict.fromkeys(name for one in many for name in one)
+    return {n: sum(one[n] for one in many if n in one) / sum(n in one for one in many) for n in names}
+
+
 def to_markdown(run: Run) -> str:
     """The tables and pictures as Markdown, for a file in the run's folder."""
     parts = [f"# {run.record.get('method', {}).get('title') or run.folder.name}"]

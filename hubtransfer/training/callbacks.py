@@ -130,7 +130,7 @@ class Tracker(Callback):
 
 
 class Plots(Callback):
-    """Draws learning curves, a confusion matrix for each classification task and tables that a method watches."""
+    """Draws learning curves, a confusion matrix for each classification task, and what a method watches."""
 
     def on_train_end(self, trainer: "Trainer", result: "TrainingResult | None") -> None:
         """Draws; without matplotlib it says what to install and goes on."""
@@ -139,7 +139,7 @@ class Plots(Callback):
         if result is None or not rows:
             return
         try:
-            from hubtransfer.evaluation import plots
+            from hubtransfer.evaluation import multitask_views, plots
 
             plots.learning_curves(rows, folder / "learning_curves.png")
             for name, tables in result.tables.items():
@@ -149,6 +149,8 @@ class Plots(Callback):
             last: Mapping[str, float] = next((row["watched"] for row in reversed(rows) if row.get("watched")), {})
             for what, cells in plots.pair_tables(last).items():
                 plots.pair_table(cells, folder / f"{what.replace(' ', '_')}.png", what)
+            for what in multitask_views.watched_groups(rows):
+                multitask_views.over_time(rows, folder / f"{what.replace(' ', '_')}_over_time.png", what)
         except ImportError as error:
             log.warning("no plots: %s", error)
 

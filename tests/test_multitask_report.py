@@ -1,0 +1,81 @@
+"""Reports and cards of several tasks: the gain over single-task training, and pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hubtransfer import cli, config
+
+RECIPE = {
+    "method": {"name": "ensemble"},
+    "model": {"backbone": "plain:lenet", "pretrained": False},
+    "data": {
+        "name": "multimnist",
+        "limit": 40,
+        "labels": {"left": "left", "right": "right"},
+        "evaluation": {"limit": 30},
+        "labelled": {"right": 20},
+    },
+    "training": {"steps": 4, "batch_size": 8, "progress": False, "logging_steps": 2},
+    "grid": [
+        {"method.members": 1},
+        {"method.name": "cross_stitch", "method.layers": ["0"], "method.single_task_epochs": 0.4},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a results file of two alternatives and the folders of their runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        config.dump_yaml(RECIPE, "two.yaml")
+        assert run(["train", "two.yaml"]) == 0
+    return folder
+
+
+def run(words: list[str]) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    return int(stop.value.code or 0)
+
+
+def test_a_results_file_tells_the_gain(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = trained / "two.results.json"
+    assert (
+        run(["report", str(file), "--baseline", "method.members=1", "--plots", str(trained / "plots"), "--json"]) == 0
+    )
+    out = capsys.readouterr().out
+    rows = [r for r in json.loads(out[out.index("{") :])[str(file)] if r["metric"] == "relative_gain"]
+    cells = {json.dumps(c["overrides"]): c["numbers"] for c in json.loads(file.read_text())["cells"]}
+    single, stitched = cells.values()
+    expected = sum((stitched[k] - single[k]) / single[k] for k in ("left/accuracy", "right/accuracy")) / 2
+    assert [row["mean"] for row in rows] == [0.0, pytest.approx(expected)]
+    assert (trained / "plots" / "two_pareto.png").stat().st_size > 5000
+
+
+def test_runs_and_cards_tell_the_gain(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    single, stitched = sorted((trained / "runs" / "two").glob("seed0-*"), key=lambda f: f.stat().st_ctime)
+    assert run(["report", str(stitched), "--baseline", str(single)]) == 0
+    assert "relative gain over single-task training:" in capsys.readouterr().out
+    assert run(["card", str(stitched / "model"), "--baseline", str(single)]) == 0
+    out = capsys.readouterr().out
+    assert "| all tasks |" in out and "relative_gain" in out
+    assert "own_over_time.png" in out  # how much of itself each network kept
+    assert (stitched / "own_over_time.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--baseline", "method.members=9"], "no row has method.members=9; there are: method.layers"),
+        (["--baseline", "nowhere"], "nowhere is neither a finished run, a results file nor key=value"),
+    ],
+)
+def test_mistakes_are_named(trained: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["report", str(trained / "two.results.json"), *words]) == 2
+    assert message in capsys.readouterr().err
