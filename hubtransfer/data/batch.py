@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -90,6 +90,24 @@ class Batch:
             index=None if self.index is None else self.index[keep.cpu()],
             raw=None if raw is None else lambda: {name: value[keep.cpu()] for name, value in raw().items()},
         )
+
+
+def joined_inputs(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Inputs of several batches one after another; token numbers are padded with zeros to the longest.
+
+    Args:
+        parts: the same names in each, ``(batch, ...)``.
+    """
+    if len(parts) == 1:
+        return dict(parts[0])
+    found = {}
+    for name, first in parts[0].items():
+        values = [part[name] for part in parts]
+        if first.ndim == 2 and not first.is_floating_point():
+            longest = max(value.shape[1] for value in values)
+            values = [torch.nn.functional.pad(value, (0, longest - value.shape[1])) for value in values]
+        found[name] = torch.cat(values)
+    return found
 
 
 Streams = dict[str, Batch]

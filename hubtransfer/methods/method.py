@@ -2,11 +2,12 @@
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from hubtransfer.config import to_dict
 from hubtransfer.data import Batch, SingleTask
 from hubtransfer.methods import registry
 from hubtransfer.methods.stage import Stage
@@ -152,4 +153,4 @@ class Method(nn.Module):
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Returns the config as a plain dictionary, for logs and cards."""
-        return asdict(self.config) if is_dataclass(self.config) and not isinstance(self.config, type) else {}
+        return to_dict(self.config) if is_dataclass(self.config) and not isinstance(self.config, type) else {}

@@ -1,0 +1,146 @@
+"""Learning beside a memory: what every rehearsal method starts from."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hubtransfer.data import Batch, MemoryConfig, Replay, Reservoir
+from hubtransfer.data.batch import joined_inputs
+from hubtransfer.methods.continual_method import ContinualMethod
+from hubtransfer.models import TransferModel
+
+if TYPE_CHECKING:
+    from hubtransfer.training.runtime import Runtime
+
+MEMORY = Reservoir(200)
+"""What rehearsal methods remember unless they are told otherwise."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Examples that one head answers for.
+
+    Attributes:
+        task: The head's task.
+        logits: (examples, classes).
+        labels: (examples,).
+        kept: What the memory kept beside them, (examples, ...) each.
+    """
+
+    task: str
+    logits: Tensor
+    labels: Tensor
+    kept: dict[str, Tensor]
+
+
+def check_replay(memory: MemoryConfig, replay_batch: int | None) -> None:
+    """Checks the hyper-parameters that all rehearsal methods have.
+
+    Raises:
+        ValueError: naming the field and what it may be.
+    """
+    if not isinstance(memory, MemoryConfig):
+        raise ValueError(f"memory must be a kind of memory such as Reservoir(200), got {memory!r}")
+    if replay_batch is not None and replay_batch < 1:
+        raise ValueError(f"replay_batch must be at least 1, got {replay_batch}")
+
+
+class ReplayMethod(ContinualMethod):
+    """Learns each batch beside examples of a memory, through one concatenated forward.
+
+    The config of a subclass has `memory` and `replay_batch` (None: as many as the batch has).
+
+    Attributes:
+        memory: The memory; examples are added under the number of their item in the stream.
+        item: Number of the item that learns now, int64 scalar.
+    """
+
+    item: Tensor
+
+    def __init__(self, model: TransferModel, config: Any, *, task: str | None = None) -> None:
+        super().__init__(model, config, task=task)
+        self.memory = config.memory.build(model.processor)
+        self.register_buffer("item", torch.tensor(-1))
+
+    def begin(self, item: Any, runtime: "Runtime") -> None:
+        """Counts the items."""
+        self.item += 1
+        super().begin(item, runtime)
+
+    def draw(self, batch: Batch) -> Replay | None:
+        """Returns examples of the memory for a step on a batch, or `None` while it has none."""
+        return self.memory.draw(self.config.replay_batch or len(batch))
+
+    def remember(self, batch: Batch, **kept: Tensor) -> None:
+        """Offers the examples of a batch to the memory, with the head that answers for them where there are several."""
+        if len(self.model.tasks) > 1:
+            kept["head"] = self.position.expand(len(batch))
+        self.memory.add(batch, task=int(self.item), labels=self.labels(batch), **kept)
+
+    def run(self, *batches: Batch | None) -> list[list[Part]]:
+        """Runs batches through the trunk together, each example through its own head.
+
+        Returns:
+            The parts of each batch: one, or one a head where heads differ; none for `None`.
+        """
+        given = [batch for batch in batches if batch is not None]
+        inputs = joined_inputs([batch.inputs for batch in given])
+        several = len(self.model.tasks) > 1
+        names = [name for batch in given for name in self._heads(batch)] if several else []
+        task = self.task_of(given[0]) if len(set(names)) < 2 else names
+        logits = self.model(**inputs, task=task).logits
+        parts, start = [], 0
+        for batch in batches:
+            stop = start + (0 if batch is None else len(batch))
+            parts.append([] if batch is None else self._parts(batch, logits[start:stop], names[start:stop]))
+            start = stop
+        return parts
+
+    def loss_together(self, batch: Batch, replay: Replay | None) -> Tensor:
+        """Returns the mean loss over the examples of a batch and of a replay."""
+        if replay is None or len(self.model.tasks) > 1:
+            return self.loss_of([part for parts in self.run(batch, replay) for part in parts])
+        inputs = joined_inputs([batch.inputs, replay.inputs])
+        labels = torch.cat([self.labels(batch), self.labels(replay)])
+        return self.model(**inputs, labels=labels, task=self.task_of(batch)).loss
+
+    def loss_of(self, parts: Sequence[Part]) -> Tensor:
+        """Returns the mean over the parts' examples of their heads' losses."""
+        return mean(parts, lambda part: self.model.loss(part.logits, part.labels, part.task))
+
+    def _heads(self, batch: Batch) -> list[str]:
+        if isinstance(batch, Replay):
+            tasks = list(self.model.tasks)
+            return [tasks[number] for number in batch.kept["head"].tolist()]
+        return [self.task_of(batch)] * len(batch)
+
+    def _parts(self, batch: Batch, logits: Tensor | list[Tensor], names: Sequence[str]) -> list[Part]:
+        labels, kept = self.labels(batch), batch.kept if isinstance(batch, Replay) else {}
+        if not names or len(set(names)) == 1:
+            task = names[0] if names else self.task_of(batch)
+            return [Part(task, logits if isinstance(logits, Tensor) else torch.stack(logits), labels, kept)]
+        parts = []
+        for task in dict.fromkeys(names):
+            rows = [row for row, name in enumerate(names) if name == task]
+            own = torch.stack([logits[row] for row in rows])
+            chosen = {name: value[rows] for name, value in kept.items()}
+            parts.append(Part(task, own, labels[rows], chosen))
+        return parts
+
+
+def mean(parts: Sequence[Part], function: Callable[[Part], Tensor]) -> Tensor:
+    """Returns the mean over examples of what `function` gives as a mean over a part's."""
+    if len(parts) == 1:
+        return function(parts[0])
+    total = sum(len(part.logits) for part in parts)
+    return torch.stack([function(part) * (len(part.logits) / total) for part in parts]).sum()
+
+
+def widest(model: TransferModel, logits: Tensor) -> Tensor:
+    """Returns logits (examples, classes) with zeros behind, as wide as the model's widest head, to be kept together."""
+    width = max((spec.head.width for spec in model.tasks.values() if spec.head is not None), default=logits.shape[1])
+    missing = width - logits.shape[1]
+    return torch.nn.functional.pad(logits, (0, missing)) if missing > 0 else logits

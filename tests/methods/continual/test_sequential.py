@@ -1,0 +1,47 @@
+"""Fine-tuning in sequence: the plain loop, and that it forgets."""
+
+import torch
+import torch.nn.functional as F
+
+from hubtransfer.data import SingleTask, TaskStream
+from hubtransfer.methods.continual.sequential import SequentialFineTune
+from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
+from tests.methods.steps import assert_same_parameters, batches, clone, run
+from tests.tiny import tiny_data
+
+
+def example(dtype=torch.float32, seed=0, n=24):
+    stream = domain_stream(n=n, seed=seed, dtype=dtype)
+    return SequentialFineTune(model_for(stream, dtype=dtype, seed=seed)), stream
+
+
+def test_tasks_in_turn_equal_a_plain_loop():
+    for stream in (domain_stream(3), task_stream(3), class_stream(3)):
+        method = SequentialFineTune(model_for(stream))
+        plain = clone(method.model)
+        run(method, stream)
+        for item in stream:
+            head = plain.heads[item.task or "task"]
+            parameters = [*plain.backbone.parameters(), *head.parameters()]
+            for each in batches(item.train_source):
+                loss = F.cross_entropy(head(plain.backbone.trunk(each.inputs["pixel_values"])), each.labels)
+                gradients = torch.autograd.grad(loss, parameters)
+                with torch.no_grad():
+                    for parameter, gradient in zip(parameters, gradients):
+                        parameter -= 0.05 * gradient
+        assert_same_parameters(method.model, plain, 1e-6)
+
+
+def test_it_forgets():
+    """The second task gives the first task's images other labels: what was learned of them is gone."""
+    data = tiny_data(24)
+    stream = TaskStream(
+        [
+            SingleTask(data, evaluation=data, name="a"),
+            SingleTask(data | {"labels": (data["labels"] + 1) % 3}, name="b"),
+        ],
+        kind="domain",
+    )
+    learned, forgot = (SequentialFineTune(model_for(stream)) for _ in range(2))
+    assert run(learned, TaskStream(stream.items[:1], kind="domain"), steps=60, lr=0.3).evaluate()["accuracy"] == 1
+    assert run(forgot, stream, steps=60, lr=0.3).evaluate()["accuracy"] == 0
