@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ from hubtransfer.data import Batch, MemoryConfig, Replay, Reservoir
 from hubtransfer.data.batch import joined_inputs
 from hubtransfer.methods.continual_method import ContinualMethod
 from hubtransfer.models import TransferModel
-
-if TYPE_CHECKING:
-    from hubtransfer.training.runtime import Runtime
 
 MEMORY = Reservoir(200)
 """What rehearsal methods remember unless they are told otherwise."""
@@ -55,30 +52,19 @@ class ReplayMethod(ContinualMethod):
 
     Attributes:
         memory: The memory; examples are added under the number of their item in the stream.
-        item: Number of the item that learns now, int64 scalar.
     """
-
-    item: Tensor
 
     def __init__(self, model: TransferModel, config: Any, *, task: str | None = None) -> None:
         super().__init__(model, config, task=task)
         self.memory = config.memory.build(model.processor)
-        self.register_buffer("item", torch.tensor(-1))
-
-    def begin(self, item: Any, runtime: "Runtime") -> None:
-        """Counts the items."""
-        self.item += 1
-        super().begin(item, runtime)
 
     def draw(self, batch: Batch) -> Replay | None:
         """Returns examples of the memory for a step on a batch, or `None` while it has none."""
         return self.memory.draw(self.config.replay_batch or len(batch))
 
     def remember(self, batch: Batch, **kept: Tensor) -> None:
-        """Offers the examples of a batch to the memory, with the head that answers for them where there are several."""
-        if len(self.model.tasks) > 1:
-            kept["head"] = self.position.expand(len(batch))
-        self.memory.add(batch, task=int(self.item), labels=self.labels(batch), **kept)
+        """Offers the examples of a batch to the memory."""
+        self.memory.add(batch, task=self.number, labels=self.labels(batch), **kept)
 
     def run(self, *batches: Batch | None) -> list[list[Part]]:
         """Runs batches through the trunk together, each example through its own head.
@@ -87,48 +73,54 @@ class ReplayMethod(ContinualMethod):
             The parts of each batch: one, or one a head where heads differ; none for `None`.
         """
         given = [batch for batch in batches if batch is not None]
-        inputs = joined_inputs([batch.inputs for batch in given])
-        several = len(self.model.tasks) > 1
-        names = [name for batch in given for name in self._heads(batch)] if several else []
-        task = self.task_of(given[0]) if len(set(names)) < 2 else names
-        logits = self.model(**inputs, task=task).logits
-        parts, start = [], 0
+        tasks = [self.task_of(batch) for batch in given]
+        every = (
+            [name for task, batch in zip(tasks, given) for name in _each(task, batch)] if _differ(tasks) else tasks[0]
+        )
+        logits = self.model(**joined_inputs([batch.inputs for batch in given]), task=every).logits
+        parts: list[list[Part]] = []
+        start = 0
         for batch in batches:
-            stop = start + (0 if batch is None else len(batch))
-            parts.append([] if batch is None else self._parts(batch, logits[start:stop], names[start:stop]))
+            if batch is None:
+                parts.append([])
+                continue
+            stop = start + len(batch)
+            parts.append(self._parts(batch, logits[start:stop], every if isinstance(every, str) else every[start:stop]))
             start = stop
         return parts
 
     def loss_together(self, batch: Batch, replay: Replay | None) -> Tensor:
         """Returns the mean loss over the examples of a batch and of a replay."""
-        if replay is None or len(self.model.tasks) > 1:
+        task = self.task_of(batch)
+        if replay is None or self.task_of(replay) != task:
             return self.loss_of([part for parts in self.run(batch, replay) for part in parts])
         inputs = joined_inputs([batch.inputs, replay.inputs])
         labels = torch.cat([self.labels(batch), self.labels(replay)])
-        return self.model(**inputs, labels=labels, task=self.task_of(batch)).loss
+        return self.model(**inputs, labels=labels, task=task).loss
 
     def loss_of(self, parts: Sequence[Part]) -> Tensor:
         """Returns the mean over the parts' examples of their heads' losses."""
         return mean(parts, lambda part: self.model.loss(part.logits, part.labels, part.task))
 
-    def _heads(self, batch: Batch) -> list[str]:
-        if isinstance(batch, Replay):
-            tasks = list(self.model.tasks)
-            return [tasks[number] for number in batch.kept["head"].tolist()]
-        return [self.task_of(batch)] * len(batch)
-
-    def _parts(self, batch: Batch, logits: Tensor | list[Tensor], names: Sequence[str]) -> list[Part]:
+    def _parts(self, batch: Batch, logits: Tensor | list[Tensor], tasks: str | list[str]) -> list[Part]:
         labels, kept = self.labels(batch), batch.kept if isinstance(batch, Replay) else {}
-        if not names or len(set(names)) == 1:
-            task = names[0] if names else self.task_of(batch)
-            return [Part(task, logits if isinstance(logits, Tensor) else torch.stack(logits), labels, kept)]
+        if isinstance(tasks, str):
+            assert isinstance(logits, Tensor)
+            return [Part(tasks, logits, labels, kept)]
         parts = []
-        for task in dict.fromkeys(names):
-            rows = [row for row, name in enumerate(names) if name == task]
+        for task in dict.fromkeys(tasks):
+            rows = [row for row, name in enumerate(tasks) if name == task]
             own = torch.stack([logits[row] for row in rows])
-            chosen = {name: value[rows] for name, value in kept.items()}
-            parts.append(Part(task, own, labels[rows], chosen))
+            parts.append(Part(task, own, labels[rows], {name: value[rows] for name, value in kept.items()}))
         return parts
+
+
+def _differ(tasks: Sequence[str | list[str]]) -> bool:
+    return any(not isinstance(task, str) or task != tasks[0] for task in tasks)
+
+
+def _each(task: str | list[str], batch: Batch) -> list[str]:
+    return [task] * len(batch) if isinstance(task, str) else task
 
 
 def mean(parts: Sequence[Part], function: Callable[[Part], Tensor]) -> Tensor:
