@@ -96,7 +96,8 @@ def test_penalties_join_it():
 
 
 def test_texts_of_other_lengths_are_drawn_beside_the_batch():
-    method, _ = example()
+    method, stream = example()
+    method.begin(stream[0], None)
     calls = []
 
     def forward(input_ids, attention_mask, task, labels=None):
