@@ -209,6 +209,7 @@ def _run_cell(cell: Cell, folder: Path, fresh: bool) -> dict[str, Any]:
         "steps": result.steps,
         "seconds": round(time.monotonic() - start, 2),
         "parameters": record.get("parameters"),
+        **({"stream": record["stream"]} if "stream" in record else {}),
         **({"teachers": teachers} if teachers else {}),
         "data": record.get("data"),
         "processes": record.get("processes", 1),

@@ -71,7 +71,8 @@ def read_run(folder: str | PathLike[str]) -> Run:
 def sections(run: Run) -> list[Section]:
     """The tables of a run: results, parameters, what ran, how the losses and the numbers to watch went."""
     course = [_course(run.log, "losses", "Losses", "term"), _course(run.log, "watched", "Watched", "number")]
-    found = [_results(run.record), _parameters(run.record), _facts(run.record), *course]
+    record = run.record
+    found = [_results(record), _stream(record), _parameters(record), _facts(record), *course]
     return [section for section in found if section is not None and section.rows]
 
 
@@ -149,6 +150,23 @@ def _results(record: Mapping[str, Any]) -> Section | None:
         )
     columns = ("task", "evaluated on", "metric", "mean ± 95 % interval (seeds)", "examples")
     return Section("Results", columns, tuple(rows))
+
+
+def _stream(record: Mapping[str, Any]) -> Section | None:
+    """The accuracy matrix of a stream of tasks, with what each task cost."""
+    stream = record.get("stream")
+    if not stream:
+        return None
+    rows = [
+        (str(after), *(f"{100 * value:.1f}" for value in values), f"{seconds:.1f}", f"{kept / 2**20:.2f}")
+        for after, values, seconds, kept in zip(
+            stream["after"], stream["accuracy"], stream["seconds"], stream["bytes"], strict=True
+        )
+    ]
+    if stream.get("baseline"):
+        rows.insert(0, ("(before)", *(f"{100 * value:.1f}" for value in stream["baseline"]), "", ""))
+    columns = ("after", *map(str, stream["tasks"]), "seconds", "MiB kept")
+    return Section("Accuracy (%) on each task after each task", columns, tuple(rows))
 
 
 def _parameters(record: Mapping[str, Any]) -> Section | None:

@@ -147,6 +147,11 @@ class Plots(Callback):
                     suffix = f"_{name}" if len(result.tables) > 1 else ""
                     plots.confusion_matrix(tables["confusion"], tables["names"], folder / f"confusion{suffix}.png")
             last: Mapping[str, float] = next((row["watched"] for row in reversed(rows) if row.get("watched")), {})
+            if "stream" in result.record:
+                from hubtransfer.evaluation import stream_plots
+
+                stream_plots.accuracy_matrix(result.record["stream"], folder / "accuracy_matrix.png")
+                stream_plots.retention(result.record["stream"], folder / "retention.png")
             for what, cells in plots.pair_tables(last).items():
                 plots.pair_table(cells, folder / f"{what.replace(' ', '_')}.png", what)
             for what in multitask_views.watched_groups(rows):

@@ -40,7 +40,7 @@ def run_record(trainer: "Trainer", metrics: dict[str, float], seconds: float) ->
     results = []
     for key, value in metrics.items():
         name, _, metric = key.rpartition("/")
-        name = name or next(iter(evaluations), "evaluation")
+        name = name or ("all tasks" if len(evaluations) > 1 else next(iter(evaluations), "evaluation"))
         source, task = evaluations.get(name, (None, None))
         results.append(
             {
@@ -53,6 +53,7 @@ def run_record(trainer: "Trainer", metrics: dict[str, float], seconds: float) ->
             }
         )
     trunk = sum(p.numel() for p in method.model.backbone.parameters())
+    history = trainer.history.record() if trainer.history is not None and trainer.history.rows else None
     return {
         "method": {
             "name": method.name,
@@ -70,6 +71,7 @@ def run_record(trainer: "Trainer", metrics: dict[str, float], seconds: float) ->
             "changed": trainer.trained,
             "changed_percent": 100 * trainer.trained / max(1, trunk),
         },
+        **({"stream": history} if history is not None else {}),
         "steps": trainer.cursor.total,
         "seconds": round(seconds, 2),
         "versions": versions(),

@@ -36,6 +36,7 @@ class RunState:
             "identity": self._identity(),
             "cursor": trainer.cursor.as_dict(),
             "trained": trainer.trained,
+            "history": trainer.history.as_dict() if trainer.history is not None else None,
             "growth": {"method": list(method.growth), "model": list(method.model.growth)},
             "method": sharding.method_state(method),
             "optimizers": {name: sharding.optimizer_state(method, o) for name, o in optimizers.items()},
@@ -79,6 +80,8 @@ class RunState:
         method.load_state_dict(state["method"])
         trainer.cursor = Cursor(**state["cursor"])
         trainer.trained = state["trained"]
+        if trainer.history is not None and state["history"] is not None:
+            trainer.history.load(state["history"])
         own = checkpoint.read_state(folder, f"process-{trainer.runtime.rank}")
         if trainer.cursor.entered:
             self._pending = {"optimizers": state["optimizers"], "scaler": state["scaler"], **own}
@@ -114,4 +117,9 @@ class RunState:
         """What has to be the same in the run that resumes."""
         sources = self.trainer.scenario.sources()
         data = {name: None if source.iterable else source.table.fingerprint() for name, source in sources.items()}
-        return {"method": self._method_name, "processes": self.trainer.runtime.world, "data": data}
+        return {
+            "method": self._method_name,
+            "processes": self.trainer.runtime.world,
+            "data": data,
+            "order of data": list(data),
+        }

@@ -13,7 +13,7 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
-from hubtransfer.data import Loader, Memory
+from hubtransfer.data import Loader, Memory, Source
 from hubtransfer.methods.method import Method
 from hubtransfer.methods.stage import Stage
 from hubtransfer.methods.update import AnyBatch, Terms
@@ -23,7 +23,8 @@ from hubtransfer.training import checkpoint
 from hubtransfer.training.arguments import TrainingArguments
 from hubtransfer.training.callbacks import Callback, JsonLines, Plots, Progress, Tracker
 from hubtransfer.training.check import check_data, check_scenario
-from hubtransfer.training.evaluate import Tables, evaluate
+from hubtransfer.training.evaluate import EvaluationSets, Tables, evaluate
+from hubtransfer.training.history import TaskHistory, kept_bytes
 from hubtransfer.training.progress import Cursor, Window
 from hubtransfer.training.record import run_record
 from hubtransfer.training.runtime import Runtime
@@ -83,10 +84,11 @@ class Trainer:
         self.loader: Loader | None = None
         self._evaluated: tuple[int, dict[str, float], Tables] | None = None
         self.folder = Path(self.arguments.output_dir)
+        self.history = TaskHistory.of(scenario)
         self.state = RunState(self)
         self.callbacks = [*self._default_callbacks(), *callbacks] if self.runtime.is_main else []
         self._window = Window(self.runtime)
-        self._eval_loaders: dict[str, Loader] = {}
+        self._evaluation = EvaluationSets(self._evaluation_loader)
 
     # ---------------------------------------------------------------- the loop
 
@@ -114,6 +116,8 @@ class Trainer:
         result = None
         try:
             self._tell("on_train_begin")
+            if self.history is not None and self.history.baseline is None and self.arguments.evaluate != "no":
+                self.history.begin(self._metrics(brief=True)[0])
             for number, stage in enumerate(self.method.stages(self.scenario)):
                 if number >= self.cursor.stage:
                     self._run(stage)
@@ -139,6 +143,8 @@ class Trainer:
         self.trained = max(self.trained, learning)
         self.state.restore_stage()
         self._tell("on_stage_begin", stage, total)
+        if self.history is not None:
+            self.history.start()
         try:
             self._steps(stage, loader, per_epoch, total, where)
         finally:
@@ -146,7 +152,9 @@ class Trainer:
         if stage.exit is not None:
             stage.exit(self.runtime)
             self._evaluated = None
-        if self.arguments.evaluate == "stage":
+        fresh = self._evaluated is not None and self._evaluated[0] == self.cursor.total
+        along = self.history is not None and self.arguments.evaluate != "no"  # every task learned gives a row
+        if self.arguments.evaluate == "stage" or (along and not fresh):
             self._evaluate(stage)
         self.cursor.next_stage()
         if self.arguments.save != "no":
@@ -234,32 +242,37 @@ class Trainer:
         Raises:
             ValueError: if the scenario has none.
         """
-        metrics, _ = self._metrics()
+        metrics, _ = self._metrics(brief=False)
         if not metrics:
             raise ValueError(f"{type(self.scenario).__name__} has no evaluation set; give it evaluation=<data set>")
         return metrics
 
-    def _metrics(self) -> tuple[dict[str, float], Tables]:
-        sets = self.scenario.evaluations()
-        for name, (source, _) in sets.items():
-            if name not in self._eval_loaders:
-                self._eval_loaders[name] = Loader(
-                    source,
-                    processor=self.method.model.processor,
-                    batch_size=self.arguments.eval_batch_size or 2 * self.arguments.batch_size,
-                    seed=self.arguments.seed,
-                    shuffle=False,
-                    workers=self.arguments.workers,
-                    device=self.runtime.device,
-                )
+    def _metrics(self, brief: bool) -> tuple[dict[str, float], Tables]:
         state = checkpoint.rng_state()  # worker processes draw a seed; training must not notice
         try:
-            return evaluate(self.runtime, sets, self._eval_loaders)
+            return evaluate(self.runtime, self.scenario.evaluations(), self._evaluation, brief)
         finally:
             checkpoint.set_rng_state(state)
 
+    def _evaluation_loader(self, source: Source) -> Loader:
+        return Loader(
+            source,
+            processor=self.method.model.processor,
+            batch_size=self.arguments.eval_batch_size or 2 * self.arguments.batch_size,
+            seed=self.arguments.seed,
+            shuffle=False,
+            workers=self.arguments.workers,
+            device=self.runtime.device,
+        )
+
     def _evaluate(self, stage: Stage) -> None:
-        metrics, tables = self._metrics()
+        if self.history is not None:
+            self.history.stop()
+        metrics, tables = self._metrics(brief=self.history is not None)
+        if self.history is not None:
+            self.history.note(stage, self.scenario, metrics, kept_bytes(self.method))
+            metrics = self.history.metrics(metrics) | metrics
+            self.history.start()
         self._evaluated = (self.cursor.total, metrics, tables)
         if not metrics:
             return
@@ -310,7 +323,9 @@ class Trainer:
 
     def _finish(self, began: float) -> TrainingResult:
         if self._evaluated is None or self._evaluated[0] != self.cursor.total:
-            self._evaluated = (self.cursor.total, *self._metrics())
+            metrics, tables = self._metrics(brief=self.history is not None)
+            metrics = metrics if self.history is None else self.history.metrics(metrics) | metrics
+            self._evaluated = (self.cursor.total, metrics, tables)
         _, metrics, tables = self._evaluated
         seconds = time.monotonic() - began
         record = run_record(self, metrics, seconds)
