@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hubtransfer.backbones import Features
+from hubtransfer.backbones import Features, Towers
 from hubtransfer.data import Batch, MultiTask
 from hubtransfer.methods.aggregate import Gradients
 from hubtransfer.methods.multi_task_method import MultiTaskMethod
@@ -233,11 +233,13 @@ class Balance(Update):
     def losses(self, batch: AnyBatch) -> Any:
         """Returns the tasks' losses, cut off where the heads start.
 
-        The trunk runs once where tasks share inputs and have no patches, else once a task.
+        The trunk runs once where tasks share inputs and have neither patches nor networks of their own, else once a
+        task.
         """
         model, tasks = self.method.model, self.method.tasks
         labelled = self.method.labelled(batch)
-        if isinstance(batch, Batch) and not any(task in model.patches for task in tasks):
+        apart = isinstance(model.backbone, Towers) or any(task in model.patches for task in tasks)
+        if isinstance(batch, Batch) and not apart:
             layers = dict.fromkeys(layer for task in tasks for layer in model.layers_for(task))
             features = model.features(batch.inputs, layers=tuple(layers), task=tasks[0])
             return CutLosses({t: _cut(model, t, batch, features) for t in tasks}, labelled, one_pass=True)

@@ -8,11 +8,14 @@ import torch.nn.functional as F
 
 from hubtransfer.data import Loader, Mixing, MultiTask
 from hubtransfer.methods import Descend, Method, Stage
+from hubtransfer.methods.balance import TaskGradients
+from hubtransfer.methods.multitask.fixed_weights import FixedWeights
+from hubtransfer.methods.multitask.mgda import MGDA
 from hubtransfer.methods.task_losses import task_losses, task_names, task_sources, task_streams
 from hubtransfer.models import ClassificationHead, DenseHead, MultiLabelHead, RegressionHead, TransferModel
 from hubtransfer.patches import ScaleBiasConfig
 from hubtransfer.training import Trainer
-from tests.methods.steps import changed, clone, run, settings, snapshot
+from tests.methods.steps import begin, changed, clone, run, settings, snapshot
 from tests.tiny import tiny_backbone, tiny_data
 
 NAN = math.nan
@@ -213,3 +216,27 @@ def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(batches, tmp_path
     Trainer(again, data, settings(steps=9, output_dir=str(tmp_path / "again"), batch_size=4)).train(str(folder))
     after = snapshot(again)
     assert not changed(after, whole)
+
+
+def test_tasks_with_networks_of_their_own_are_balanced_on_their_own_features():
+    """The gradients that a balancing method weighs are those of each task's own network (stitched to the others)."""
+    model = four_headed()
+    model.grow("towers", tasks=list(HEADS), layers=["act1"])
+    method, data = MGDA(model), scenario(shared(8))
+    runtime, stage = begin(method, data)
+    (batch,) = Loader(data.train_source, batch_size=8).batches(0)
+    (update,) = stage.updates
+    cut = update.losses(batch)
+    found = TaskGradients(cut, method, runtime, "shared", "heads").rows()
+    losses = task_losses(model, tuple(HEADS), batch)
+    for task, row in zip(HEADS, found):
+        expected = torch.autograd.grad(losses[task], runtime.params("shared"), retain_graph=True, allow_unused=True)
+        for gradient, wanted in zip(row, expected):
+            torch.testing.assert_close(gradient, torch.zeros_like(gradient) if wanted is None else wanted)
+
+
+def test_the_plain_sum_trains_tasks_that_take_turns():
+    method = FixedWeights(four_headed(), weights={"value": 2.0})
+    before = snapshot(method.model)
+    run(method, streams(Mixing()), steps=None, epochs=2, batch_size=4)
+    assert changed(before, method.model) == set(before)
