@@ -464,8 +464,10 @@ def _small(mapping: dict[str, Any], folder: Path) -> list[str]:
 def _untrained(section: dict[str, Any]) -> dict[str, Any]:
     """A model's section with random weights, small images and, for a teacher that is trained first, two steps."""
     found = dict(section)
-    if not section.get("backbone", "sentence-").startswith("sentence-"):  # a tokenizer comes with the weights
+    if not section.get("backbone", "sentence-").startswith("sentence-"):
         found["pretrained"] = False
+    elif "backbone" in section:  # a tokenizer comes with the weights, of which one layer does
+        found["options"] = {**section.get("options", {}), "num_hidden_layers": 1}
     found |= {"image_size": 32} if found.get("image_size", 0) > 32 else {}
     if train := found.get("train"):
         training = {k: v for k, v in train["training"].items() if k != "epochs"} | {"steps": 2}

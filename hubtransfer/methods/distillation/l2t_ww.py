@@ -63,7 +63,8 @@ class L2TWW(Method, name="l2t_ww", config=L2TWWConfig, scenario=SingleTask):
     with source maps S and student maps T, (batch, channels, height, width), a 1x1 convolution r to the source's
     channels, channel weights w = softmax(f(mean S)), which start equal, and pair weights lambda = relu6(g(mean S)).
     On each batch the student steps on CE + L_match; then f and g step on the CE of the point that the student would
-    reach after T steps on L_match and one on CE.
+    reach after T steps on L_match and one on CE. Their learning rate, 1e-4, is the authors' for 200 epochs: in a few
+    hundred steps f and g stay near their start, so give group "meta" a larger one there.
 
     Args:
         model: The student.
