@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hubtransfer.backbones import Features, Towers
 from hubtransfer.data import Batch, MultiTask
+from hubtransfer.functional.graphs import leaves_of
 from hubtransfer.methods.aggregate import Gradients
 from hubtransfer.methods.multi_task_method import MultiTaskMethod
 from hubtransfer.methods.stage import OptimizerConfig, Stage
@@ -130,10 +131,12 @@ class TaskGradients:
         """Each task's gradient of the shared parameters, one backward pass of the trunk a task."""
         return [row[: len(self._shared)] for row in self._rows]
 
-    def outputs(self) -> list[list[Tensor]]:
-        """What each task's head read of the trunk, in the trunk's graph, for the tasks that the batch holds."""
+    def depended_on(self, params: Mapping[str, nn.Parameter]) -> list[str]:
+        """Returns the names of those of some trunk parameters on which the loss of every task in the batch depends."""
         pairs = [(p, seeds) for p, seeds in zip(self._passes, self._seeds) if p is not None and seeds is not None]
-        return [[o for o, seed in zip(p.outputs, seeds) if seed is not None] for p, seeds in pairs]
+        read = [[o for o, seed in zip(p.outputs, seeds) if seed is not None] for p, seeds in pairs]
+        behind = [set(leaves_of(outputs)) for outputs in read]
+        return [name for name, p in params.items() if all(p in leaves for leaves in behind)]
 
     # --------------------------------------------------------------------------------------- what rules give
 

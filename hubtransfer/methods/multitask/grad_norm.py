@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from hubtransfer.data import MultiTask
-from hubtransfer.functional.graphs import leaves_of
 from hubtransfer.functional.training_rates import grad_norm_slopes, rescaled
 from hubtransfer.methods.aggregate import Gradients
 from hubtransfer.methods.balance import Balance, Balancing, TaskGradients
@@ -136,8 +135,7 @@ class GradNorm(Balancing, name="grad_norm", config=GradNormConfig):
             weights = {name: p for name, p in trunk.named_parameters() if p.requires_grad and p.ndim > 1}
             if self.config.layer is not None:
                 weights = {n: p for n, p in weights.items() if n.startswith(f"{self.config.layer}.")}
-            behind = [set(leaves_of(outputs)) for outputs in gradients.outputs()]
-            found = [name for name, p in weights.items() if all(p in leaves for leaves in behind)]
+            found = gradients.depended_on(weights)
             if not found:
                 where = "" if self.config.layer is None else f" in layer {self.config.layer!r}"
                 raise ValueError(f"GradNorm: the trunk has no trainable weight{where} that all tasks depend on")

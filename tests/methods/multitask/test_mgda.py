@@ -58,6 +58,12 @@ def test_a_task_without_gradient_or_loss_gives_no_nan():
         assert all(math.isfinite(x) for x in found)
 
 
+def test_losses_below_zero_count_by_their_size():
+    """Normalisation by loss: (-1, 4) weighs as (1, 4) does, 1/2 each (see above); none of it turns a gradient round."""
+    assert combine([[1.0, 0.0], [0.0, 2.0]], [-1.0, 4.0], "loss") == pytest.approx([0.5, 1.0])
+    assert combine([[1.0, 0.0], [0.0, 2.0]], [-1.0, -4.0], "loss+") == pytest.approx([1 / 3, 4 / 3])
+
+
 def test_steps_equal_a_plain_loop():
     method, data = example(dtype=torch.float64)
     plain = clone(method.model)
