@@ -11,7 +11,8 @@ from torch import nn
 from hubtransfer.backbones import Backbone
 from hubtransfer.data import MultiTask
 from hubtransfer.methods.balance import Balance, Balancing, TaskGradients
-from hubtransfer.methods.multi_task_method import MultiTaskMethod
+from hubtransfer.methods.multitask.fixed_weights import FixedWeights
+from hubtransfer.methods.multitask.uncertainty import Uncertainty
 from hubtransfer.methods.registry import load_all
 from hubtransfer.models import ClassificationHead, TransferModel
 from hubtransfer.patches import ScaleBiasConfig
@@ -29,9 +30,9 @@ from tests.tiny import SHAPE, tiny_backbone
 
 TASKS = ("left", "right", "size", "map")
 BALANCING = [c for c in load_all().values() if issubclass(c, Balancing)]
-MULTI_TASK = [c for c in load_all().values() if issubclass(c, MultiTaskMethod)]
+WEIGHING = [*BALANCING, FixedWeights, Uncertainty]
 balancing = pytest.mark.parametrize("cls", BALANCING, ids=lambda cls: cls.name)
-multi_task = pytest.mark.parametrize("cls", MULTI_TASK, ids=lambda cls: cls.name)
+weighing = pytest.mark.parametrize("cls", WEIGHING, ids=lambda cls: cls.name)
 
 
 class Probe(Balancing):
@@ -163,7 +164,7 @@ def test_backward_passes_of_the_trunk(name, passes):
     assert len(seen) == passes
 
 
-@multi_task
+@weighing
 def test_memory_does_not_grow(cls):
     """No graph survives its step: after 200 steps there are as many tensors as after 5."""
     model = TransferModel(tiny_backbone("mlp"))
@@ -180,7 +181,7 @@ def test_memory_does_not_grow(cls):
     assert tensors(5) == tensors(195)
 
 
-@multi_task
+@weighing
 def test_one_task_is_plain_training(cls):
     """With one task the weight is 1 (with uncertainty: 1 at the first step), so the first step is that of its loss."""
     model = model_with(("left",), torch.float64)
@@ -214,7 +215,7 @@ def test_two_tasks_with_the_same_gradient_move_along_it(cls):
     torch.testing.assert_close(moved, 0.05 * factor * common, atol=1e-9, rtol=1e-6)
 
 
-@multi_task
+@weighing
 def test_a_task_without_labels_in_the_batch_does_not_count(cls):
     """The step is that of the other tasks alone, and the absent task's weight stays."""
     data = shared_data(8, dtype=torch.float64)
