@@ -163,13 +163,13 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summarise_teachers(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The same for the teachers, of which there is one for each seed; none where nothing is known about them."""
+    """The same for the teachers, each counted once however many students it had; none where none is known."""
     found: dict[str, dict[str, Any]] = {}
     for record in records:
         several = len(record.get("teachers", ())) > 1
         for number, teacher in enumerate(record.get("teachers", ())):
             one = {"overrides": {"teacher": number} if several else {}, "numbers": teacher["numbers"]}
-            found.setdefault(json.dumps([record["seed"], one], sort_keys=True), one)
+            found.setdefault(json.dumps(one, sort_keys=True), one)
     return summarise(found.values())
 
 

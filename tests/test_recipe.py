@@ -371,6 +371,8 @@ def test_a_teacher_that_was_trained_first_is_in_the_results(tmp_path: Path) -> N
     assert row["n"] == 2  # seeds, not cells
     assert row["mean"] == pytest.approx(sum(r["teachers"][0]["numbers"]["accuracy"] for r in records) / 4)
     assert not experiment.summarise_teachers([{"seed": 0, "numbers": {}}])
+    shared = [{"seed": seed, "teachers": [{"numbers": {"accuracy": 0.5}}]} for seed in (0, 1)]  # one teacher for all
+    assert [(row["n"], row["interval"]) for row in experiment.summarise_teachers(shared)] == [(1, None)]
 
 
 def test_a_headline_shows_what_it_says() -> None:

@@ -135,7 +135,11 @@ def _teachers(folder: Path, wanted: Comparison) -> list[str]:
         _cell_of(row["mean"], row["interval"] and (row["interval"][1] - row["interval"][0]) / 2, wanted): row["n"]
         for row in chosen
     }
-    return ["Teacher: " + "; ".join(f"{cell} ({n} seeds)" for cell, n in found.items()) + "."] if found else []
+    return (
+        ["Teacher: " + "; ".join(f"{cell} ({n} {'seed' if n == 1 else 'seeds'})" for cell, n in found.items()) + "."]
+        if found
+        else []
+    )
 
 
 def _difference_table(rows: list[Row], wanted: Comparison) -> str:
