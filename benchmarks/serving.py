@@ -2,13 +2,15 @@
 
     python benchmarks/serving.py --out benchmarks/serving.json
 
-Every round runs each case once, so that a busy machine slows all of them; given are medians over the rounds, of seconds
-and of the ratio to the same round's batch of one task. One thread, evaluation mode, random weights.
+Seconds are of processor time. Every round runs each case once, in random order, so that a busy machine slows all of
+them; given are medians over the rounds, of seconds and of the ratio to the same round's batch of one task. One thread,
+evaluation mode, random weights.
 """
 
 import argparse
 import gc
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -67,10 +69,10 @@ def served(name: str, config: Any, folder: Path, image: Tensor) -> tuple[ht.Tran
     with torch.no_grad():
         model(image[:2], task=["t0", "own"])
     gc.collect()
-    before, start = resident_bytes(), time.perf_counter()
+    before, start = resident_bytes(), time.process_time()
     for k in range(1000):
         store.get(f"t{k}")
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     gc.collect()
     trunk = sum(t.numel() * t.element_size() for t in model.backbone.state_dict().values())
     facts = {
@@ -101,13 +103,13 @@ def stock(name: str, tasks: int, limit: float) -> tuple[Any, int, float]:
     backbone = ht.Backbone.from_pretrained(name, pretrained=False)
     targets = build_patch(peft.LoraConfig(r=RANK), backbone).config.target_modules
     config = peft.LoraConfig(r=RANK, target_modules=targets)
-    start = time.perf_counter()
+    start = time.process_time()
     model = peft.get_peft_model(backbone.trunk, config, adapter_name="t0")
     count = 1
-    while count < tasks and time.perf_counter() - start < limit:
+    while count < tasks and time.process_time() - start < limit:
         model.add_adapter(f"t{count}", config)
         count += 1
-    return model.eval(), count, (time.perf_counter() - start) / count
+    return model.eval(), count, (time.process_time() - start) / count
 
 
 def one_backbone(name: str, rounds: int, folder: Path, limit: float, kinds: list[str]) -> dict[str, Any]:
@@ -134,11 +136,13 @@ def one_backbone(name: str, rounds: int, folder: Path, limit: float, kinds: list
     gc.collect()
     with torch.inference_mode():
         for round_ in range(rounds + 1):
-            for job, run in jobs.items():
-                start = time.perf_counter()
-                run()
+            order = list(jobs)
+            random.shuffle(order)
+            for job in order:
+                start = time.process_time()
+                jobs[job]()
                 if round_:  # the first pays for caches
-                    times[job].append(time.perf_counter() - start)
+                    times[job].append(time.process_time() - start)
     for job, values in times.items():
         kind, _, tasks = job.partition("/")
         base = times[f"{kind}/one task"]

@@ -152,7 +152,7 @@ def _prepared(model: TransferModel, members: Sequence[Member], tasks: Sequence[s
 def _examples(
     model: TransferModel, members: Sequence[Member], tasks: Sequence[str]
 ) -> dict[str, tuple[Gather, Tensor]]:
-    """Each layer that patches own, with the numbers of each example, (examples, numbers)."""
+    """Each layer that patches own, with the numbers of each example, (examples, numbers); one row for one task."""
     own: list[Mapping[str, Owned]] = []
     stored: dict[int, list[Member]] = {}  # by layout
     gathers: dict[str, Gather] = {}
@@ -183,7 +183,7 @@ def _examples(
             else:
                 parts.append(gather.rows(module, [module]).expand(len(rows), -1))
         every = parts[0] if len(parts) == 1 else torch.cat(parts)
-        found[name] = (gather, every.index_select(0, examples))
+        found[name] = (gather, every if len(members) == 1 else every.index_select(0, examples))
     return found
 
 

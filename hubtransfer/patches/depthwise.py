@@ -111,8 +111,9 @@ class DepthwiseGather(Gather):
         rows = rows.to(module.weight.dtype)
         weight = rows[:, : module.weight.numel()].reshape(-1, *module.weight.shape[1:])
         bias = None if module.bias is None else rows[:, module.weight.numel() :].reshape(-1)
-        with lent(module, _parameters={"weight": weight, "bias": bias}, groups=len(x) * module.groups):
-            out = plain_forward(module, x.reshape(1, -1, *x.shape[2:]))
+        as_channels = x if len(rows) == 1 else x.reshape(1, -1, *x.shape[2:])
+        with lent(module, _parameters={"weight": weight, "bias": bias}, groups=len(rows) * module.groups):
+            out = plain_forward(module, as_channels)
         return out.reshape(len(x), -1, *out.shape[2:])
 
 

@@ -34,7 +34,10 @@ class Gather(ABC):
 
     @abstractmethod
     def run(self, module: nn.Module, rows: Tensor, x: Tensor) -> Tensor:
-        """The layer's output for inputs (batch, ...), example i computed with row i of (batch, numbers)."""
+        """The layer's output for inputs (batch, ...), example i computed with row i of (batch, numbers).
+
+        A single row, (1, numbers), is for all examples.
+        """
 
 
 class Owned(NamedTuple):
@@ -71,7 +74,7 @@ def gathered(backbone: "Backbone", layers: Mapping[str, tuple[Gather, Tensor]]) 
 
     Args:
         backbone: In evaluation mode. It is as before afterwards. Not for several threads at once.
-        layers: Name of the layer -> how it runs, and the examples' rows (batch, numbers).
+        layers: Name of the layer -> how it runs, and the examples' rows (batch, numbers), or one row for all.
     """
     modules = [(backbone.trunk.get_submodule(name), *how) for name, how in layers.items()]
     undo: list[tuple[dict[str, Any], Any]] = []
@@ -93,7 +96,9 @@ def _run(gather: Gather, module: nn.Module, rows: Tensor, x: Tensor, *args: Any,
     pieces, rest = divmod(len(x), len(rows))
     if rest or not pieces:
         raise ValueError(f"{type(module).__name__} got {len(x)} rows for a batch of {len(rows)} examples")
-    if pieces > 1:  # windows or tokens as rows, those of one example together (`gathering_fails` finds out)
+    if (
+        pieces > 1 and len(rows) > 1
+    ):  # windows or tokens as rows, those of one example together (`gathering_fails` finds out)
         rows = rows.repeat_interleave(pieces, 0)
     if args or kwargs:
         raise ValueError(f"{type(module).__name__} takes more than one input")
