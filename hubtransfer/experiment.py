@@ -40,17 +40,20 @@ class Cell:
         seed: of this run.
         overrides: what the grid sets, path -> value.
         key: hash of everything that the numbers depend on.
+        name: what the grid calls this alternative, for tables.
     """
 
     recipe: Recipe
     seed: int
     overrides: Mapping[str, Any]
     key: str
+    name: str | None = None
 
     @property
     def label(self) -> str:
         """Short text that names the cell within its grid."""
-        return " ".join([*(f"{path}={_short(value)}" for path, value in self.overrides.items()), f"seed={self.seed}"])
+        changes = [self.name] if self.name else [f"{path}={_short(value)}" for path, value in self.overrides.items()]
+        return " ".join([*changes, f"seed={self.seed}"])
 
     @property
     def folder_name(self) -> str:
@@ -72,6 +75,7 @@ def cells(recipe: Recipe) -> list[Cell]:
     plain = to_dict(recipe, defaults=False)
     found = []
     for changes in _alternatives(recipe.grid):
+        name = changes.pop("label", None)
         changed = override(plain, [f"{path}={json.dumps(value)}" for path, value in changes.items()])
         changed.pop("grid", None)
         one = read(changed)
@@ -79,7 +83,7 @@ def cells(recipe: Recipe) -> list[Cell]:
         identity = {k: v for k, v in to_dict(one, defaults=False).items() if k not in _NOT_PART_OF_A_CELL}
         training = identity.get("training", {})
         identity["training"] = {k: v for k, v in training.items() if k not in _NOT_PART_OF_THE_RESULT}
-        found += [Cell(one, seed, changes, digest([identity, seed])) for seed in recipe.seeds]
+        found += [Cell(one, seed, changes, digest([identity, seed]), name) for seed in recipe.seeds]
     return found
 
 
@@ -110,7 +114,7 @@ def run(
     path = Path(results) if results is not None else _default_results(recipe, overrides, root, name)
     todo = cells(checked)
     known = {cell["key"]: cell for cell in read_results(path)}
-    finished = {} if fresh else {cell.key: known[cell.key] for cell in todo if cell.key in known}
+    finished = {} if fresh else {c.key: _named(known[c.key], c) for c in todo if c.key in known}
     others = [record for key, record in known.items() if key not in {cell.key for cell in todo}]
     if others and not overrides:  # the recipe's own file holds what the recipe says now; try-outs pile up
         log.warning("%s: %d cells of an earlier version of the recipe are dropped", path, len(others))
@@ -152,6 +156,7 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             found = mean_interval(values)
             rows.append(
                 {
+                    **({"name": group[0]["name"]} if "name" in group[0] else {}),
                     "overrides": dict(group[0]["overrides"]),
                     "metric": metric,
                     "mean": found.mean,
@@ -201,7 +206,7 @@ def _run_cell(cell: Cell, folder: Path, fresh: bool) -> dict[str, Any]:
     teachers = _teachers_of(built.method)
     result = Trainer(*built).train(resume=None if fresh else training.get("resume", "auto"))
     record = result.record
-    return {
+    found = {
         "key": cell.key,
         "seed": cell.seed,
         "overrides": dict(cell.overrides),
@@ -216,6 +221,13 @@ def _run_cell(cell: Cell, folder: Path, fresh: bool) -> dict[str, Any]:
         "versions": record.get("versions"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+    return _named(found, cell)
+
+
+def _named(record: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
+    """A cell's record under the name that the grid gives it now."""
+    plain = {key: value for key, value in record.items() if key != "name"}
+    return plain if cell.name is None else plain | {"name": cell.name}
 
 
 def _alternatives(grid: Mapping[str, list[Any]] | Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:

@@ -142,7 +142,8 @@ class Recipe:
         data: data sets, in the form of a scenario.
         training: training arguments.
         seeds: one run for each.
-        grid: ``{path: [values]}`` runs every combination, ``[{path: value, ...}, ...]`` each alternative.
+        grid: ``{path: [values]}`` runs every combination, ``[{path: value, ...}, ...]`` each alternative; there a
+            ``label`` beside the paths is its name in tables.
         headline: what the table of methods shows of the results.
         about: what the recipe is for, in a sentence or two.
     """

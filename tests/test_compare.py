@@ -84,12 +84,31 @@ def test_what_a_grid_changes_besides_the_columns_makes_rows(tmp_path: Path) -> N
     assert "[x beta=0.0](x.yaml)" in path.read_text() and "[x beta=1.0](x.yaml)" in path.read_text()
 
 
+def test_tasks_as_columns_with_the_size_of_each_model(tmp_path: Path) -> None:
+    cells = [
+        {"seed": seed, "name": name, "overrides": {"method.mode": name}, "parameters": {"total": size},
+         "numbers": {"birds/accuracy": value, "cars/accuracy": value / 2, "birds/nll": 3.0}}
+        for name, size, values in (("plain", 1000, (0.5, 0.5)), ("large", 2_000_000, (0.75, 0.75)))
+        for seed, value in enumerate(values)
+    ]  # fmt: skip
+    (tmp_path / "x.results.json").write_text(json.dumps({"recipe": "x", "cells": cells}))
+    path = tmp_path / "x.md"
+    path.write_text(MARKS.format("{recipes: x, parameters: true, picture: false, differences: [[large, plain]]}"))
+    cli_run(path)
+    text = path.read_text()
+    assert "| recipe | birds | cars | parameters |\n|---|---:|---:|---:|" in text
+    assert "| [plain](x.yaml) | 50.0 ± 0.0 | 25.0 ± 0.0 | 1,000 |" in text  # the grid's order
+    assert "| [large](x.yaml) | **75.0 ± 0.0** | **37.5 ± 0.0** | 2,000,000 |" in text
+    assert "| large minus plain | **+25.0 ± 0.0** | **+12.5 ± 0.0** |" in text
+
+
 @pytest.mark.parametrize(
     ("inside", "message"),
     [
         ("{recipes: 'no_*', columns: data.limit}", "run those recipes first"),
         ("{recipes: '*_few', columns: data.size}", "no results of"),
         ("{recipes: '*_few', columns: data.limit, metric: acuracy}", "no results of"),
+        ("{recipes: '*_few'}", "no results of .* have 'accuracy' for tasks"),
         ("{recipes: '*_few', column: data.limit}", "unknown key 'column'"),
         ("{recipes: '*_few', columns: data.limit, differences: [[KD, AT]]}", "unknown recipe 'AT'"),
     ],

@@ -287,6 +287,24 @@ def test_a_grid_is_seeds_times_alternatives() -> None:
         experiment.cells(recipe.read(plain(grid={"training.lrr": [1]})))
 
 
+def test_an_alternative_may_have_a_name(tmp_path: Path) -> None:
+    grid = [{"label": "probe", "method.trains": "head"}, {"method.trains": "all"}]
+    cells = experiment.cells(recipe.read(plain(grid=grid)))
+    assert [c.label for c in cells] == ["probe seed=0", "method.trains=all seed=0"]
+    assert cells[0].overrides == {"method.trains": "head"}
+    nameless = experiment.cells(recipe.read(plain(grid=[{"method.trains": "head"}])))
+    assert nameless[0].key == cells[0].key  # a name changes no number
+    path = write(tmp_path, grid=grid[:1])
+    (record,) = experiment.run(path, say=lambda line: None)
+    summary = json.loads((tmp_path / "try.results.json").read_text())["summary"]
+    assert record["name"] == "probe" and all(row["name"] == "probe" for row in summary)
+    assert tables._figure(summary[0], wrong=False).startswith("probe: ")
+    grid[0]["label"] = "linear"  # named anew without running again
+    lines: list[str] = []
+    (record,) = experiment.run(write(tmp_path, grid=grid[:1]), say=lines.append)
+    assert record["name"] == "linear" and "finished earlier" in lines[0]
+
+
 def test_finished_cells_are_kept_and_skipped(tmp_path: Path) -> None:
     path = write(tmp_path, seeds=[0, 1])
     records = experiment.run(path, say=lambda line: None)

@@ -24,16 +24,18 @@ class Comparison:
 
     Attributes:
         recipes: pattern of recipes' names; their results files lie in the document's folder.
-        columns: path of the grid whose values are the columns.
+        columns: path of the grid whose values are the columns; none: the tasks are.
         metric: which number.
+        parameters: whether a column shows how many parameters the model has, all tasks together.
         percent: show 100 times the number.
         differences: pairs (label, label) of recipes whose difference is shown, paired by seed.
         picture: whether a PNG of the document's name is drawn beside it.
     """
 
     recipes: str
-    columns: str
+    columns: str | None = None
     metric: str = "accuracy"
+    parameters: bool = False
     percent: bool = True
     differences: tuple[tuple[str, str], ...] = ()
     picture: bool = True
@@ -52,7 +54,11 @@ def run(path: str) -> None:
     write_whole(document, render(document))
     if wanted.picture:
         draw(
-            _rows(document.parent, wanted), document.with_suffix(".png"), wanted.metric, wanted.columns, _scale(wanted)
+            _rows(document.parent, wanted),
+            document.with_suffix(".png"),
+            wanted.metric,
+            wanted.columns or "task",
+            _scale(wanted),
         )
 
 
@@ -67,7 +73,7 @@ def render(document: Path) -> str:
     rows = _rows(document.parent, wanted)
     body = [_table(rows, wanted), *_teachers(document.parent, wanted)]
     if wanted.picture:
-        body.append(f"![{wanted.metric} by {wanted.columns}]({document.with_suffix('.png').name})")
+        body.append(f"![{wanted.metric} by {wanted.columns or 'task'}]({document.with_suffix('.png').name})")
     if wanted.differences:
         body.append(_difference_table(rows, wanted))
     made = "\n\n".join(body)
@@ -98,16 +104,32 @@ def _rows(folder: Path, wanted: Comparison) -> list[Row]:
         label = (document.get("headline") or {}).get("label") or document["recipe"]
         for cell in document["cells"]:
             changes = dict(cell["overrides"])
-            if wanted.columns not in changes or wanted.metric not in cell["numbers"]:
+            numbers = _columns(changes, cell["numbers"], wanted)
+            if not numbers:
                 continue
-            column = changes.pop(wanted.columns)
-            name = " ".join([label, *(f"{k.rpartition('.')[2]}={v}" for k, v in changes.items())])
-            row = found.setdefault(name, Row(name, document["recipe"], {}))
-            row.cells.setdefault(column, {})[cell["seed"]] = cell["numbers"][wanted.metric]
+            changed = (f"{k.rpartition('.')[2]}={v}" for k, v in changes.items())
+            name = cell["name"] if "name" in cell else " ".join([label, *changed])
+            size = (cell.get("parameters") or {}).get("total")
+            row = found.setdefault(name, Row(name, document["recipe"], {}, size))
+            for column, number in numbers.items():
+                row.cells.setdefault(column, {})[cell["seed"]] = number
     if not found:
-        raise ValueError(f"no results of {wanted.recipes} have {wanted.metric!r} for values of {wanted.columns!r}")
+        what = "tasks" if wanted.columns is None else f"values of {wanted.columns!r}"
+        raise ValueError(f"no results of {wanted.recipes} have {wanted.metric!r} for {what}")
+    if wanted.columns is None:
+        return list(found.values())
     first = min(column for row in found.values() for column in row.cells)
     return sorted(found.values(), key=lambda row: -row.mean(first))
+
+
+def _columns(changes: dict[str, Any], numbers: Mapping[str, float], wanted: Comparison) -> dict[Any, float]:
+    """A cell's numbers by column: its tasks', or the one of its place in the grid, which is no longer in changes."""
+    if wanted.columns is None:
+        split = {name: name.rpartition("/") for name in numbers}
+        return {task: numbers[name] for name, (task, _, metric) in split.items() if task and metric == wanted.metric}
+    if wanted.columns not in changes or wanted.metric not in numbers:
+        return {}
+    return {changes.pop(wanted.columns): numbers[wanted.metric]}
 
 
 def _table(rows: list[Row], wanted: Comparison) -> str:
@@ -117,13 +139,14 @@ def _table(rows: list[Row], wanted: Comparison) -> str:
     many = "-".join(map(str, sorted({seeds[0], seeds[-1]})))
     lines = [
         f"{wanted.metric.capitalize()}{' in %' if wanted.percent else ''}, mean over {many} seeds ± half of the 95 % "
-        f"interval, by `{wanted.columns}`; the best of a column is bold.",
+        f"interval, by `{wanted.columns or 'task'}`; the best of a column is bold.",
         "",
-        f"| recipe | {' | '.join(map(str, columns))} |",
-        "|---|" + "---:|" * len(columns),
+        f"| recipe | {' | '.join([*map(str, columns), *(['parameters'] if wanted.parameters else [])])} |",
+        "|---|" + "---:|" * (len(columns) + wanted.parameters),
     ]
     for row in rows:
         cells = [_cell(row.cells.get(c), wanted, bold=row.mean(c) == best[c]) for c in columns]
+        cells += [f"{row.parameters:,}" if row.parameters else ""] if wanted.parameters else []
         lines.append(f"| [{row.name}]({row.recipe}.yaml) | {' | '.join(cells)} |")
     return "\n".join(lines)
 

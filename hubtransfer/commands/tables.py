@@ -114,7 +114,8 @@ def _headline(document: dict[str, Any], headline: dict[str, Any]) -> str:
 def _figure(row: dict[str, Any], wrong: bool) -> str:
     changes = {path.rpartition(".")[2]: value for path, value in row["overrides"].items() if _is_plain(value)}
     where = row["metric"].rpartition("/")[0]
-    cell = ", ".join([*(f"{name} {value}" for name, value in changes.items()), *([where] if where else [])])
+    named = [row["name"]] if "name" in row else [f"{name} {value}" for name, value in changes.items()]
+    cell = ", ".join([*named, *([where] if where else [])])
     factor, digits = (100, 2) if wrong else (1, 3)
     mean = 100 * (1 - row["mean"]) if wrong else row["mean"]
     low, high = row["interval"] or (0, 0)

@@ -21,11 +21,13 @@ class Row(NamedTuple):
         name: to be shown.
         recipe: file name without its ending.
         cells: column -> seed -> number.
+        parameters: of its model, where that is known.
     """
 
     name: str
     recipe: str
     cells: dict[Any, dict[int, float]]
+    parameters: int | None = None
 
     def mean(self, column: Any) -> float:
         """Mean over seeds; minus infinity where there are none."""

@@ -68,6 +68,7 @@ def run_record(trainer: "Trainer", metrics: dict[str, float], seconds: float) ->
         "results": results,
         "parameters": {
             "trunk": trunk,
+            "total": sum(p.numel() for p in method.model.parameters()),
             "changed": trainer.trained,
             "changed_percent": 100 * trainer.trained / max(1, trunk),
         },
