@@ -82,7 +82,7 @@ def run_mixed(
         own = sorted(row for member in members for row in rows[member.name])
         part = inputs if len(own) == len(tasks) else _take(inputs, own)
         wanted = tuple(dict.fromkeys([*layers, *_read_by_heads(model, members)]))
-        with model.turn(), _prepared(model, members, [tasks[row] for row in own]):
+        with model.turn(), _prepared(model, members, [tasks[row] for row in own], part):
             features = model.backbone(part, wanted)
         place = {row: k for k, row in enumerate(own)}
         for member in members:
@@ -137,7 +137,9 @@ def _passes(model: TransferModel, members: Sequence[Member]) -> list[list[Member
     return [*([together] if together else []), *([member] for member in alone)]
 
 
-def _prepared(model: TransferModel, members: Sequence[Member], tasks: Sequence[str]) -> AbstractContextManager[None]:
+def _prepared(
+    model: TransferModel, members: Sequence[Member], tasks: Sequence[str], inputs: Inputs
+) -> AbstractContextManager[None]:
     """While this lasts the trunk computes for these tasks, one name an example."""
     first = members[0]
     if len(members) > 1 or first.row is not None:
@@ -145,7 +147,7 @@ def _prepared(model: TransferModel, members: Sequence[Member], tasks: Sequence[s
         if layers:
             return gathered(model.backbone, layers)
     if first.name in model.tasks:
-        return model.computing(first.name)
+        return model.computing(first.name, inputs)
     return nullcontext() if first.patch is None else applied(first.patch)
 
 

@@ -238,7 +238,7 @@ class TransferModel(Saving, Serving):
             task: The active one by default.
         """
         name = self.task_name(task) if task is not None or self.active_task is not None else None
-        with self.turn(), self.computing(name):
+        with self.turn(), self.computing(name, inputs):
             found = self.backbone(inputs, layers)
         return (
             found if not found.by_task or name is None else Features(*self.own_features(found, name)[:2], found.by_task)

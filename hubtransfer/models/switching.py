@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor, nn
 
 from hubtransfer.backbones import Backbone
+from hubtransfer.models.columns import earlier_maps
 from hubtransfer.models.tasks import TaskModules
-from hubtransfer.patches import applied, train_where_it_learns
+from hubtransfer.patches import ColumnPatch, applied, train_where_it_learns
 
 if TYPE_CHECKING:
     from hubtransfer.models.store import PatchStore
@@ -72,8 +73,21 @@ class Switching(nn.Module):
         return self
 
     @contextmanager
-    def computing(self, name: str | None) -> Iterator[None]:
-        """While this lasts the trunk computes for the task, its modules in the mode that holds for it."""
+    def computing(self, name: str | None, inputs: Any = None) -> Iterator[None]:
+        """While this lasts the trunk computes for the task, its modules in the mode that holds for it.
+
+        Args:
+            name: The task.
+            inputs: What the trunk will get, which columns of other tasks see before.
+        """
+        patch = self.patches._modules.get(name) if name is not None else None
+        hearing = patch.hearing(earlier_maps(self, patch, inputs)) if isinstance(patch, ColumnPatch) else _NOTHING
+        with hearing, self.placed(name):
+            yield
+
+    @contextmanager
+    def placed(self, name: str | None) -> Iterator[None]:
+        """The same, but for what a column hears."""
         if self.training and self._mode_of != name:
             self._set_modes(name)
         with self._running(name):

@@ -1,6 +1,7 @@
 """Patches: the few tensors in which one task differs from the shared trunk; apply and revert are exact."""
 
 from hubtransfer.patches.build import build_patch, patch_from_dict, patch_to_dict
+from hubtransfer.patches.column import ColumnConfig, ColumnPatch
 from hubtransfer.patches.deepen import DeepenConfig
 from hubtransfer.patches.depthwise import DepthwiseConfig
 from hubtransfer.patches.export import export_peft
@@ -15,6 +16,8 @@ from hubtransfer.patches.widen import WidenConfig
 
 __all__ = [
     "PATCHES",
+    "ColumnConfig",
+    "ColumnPatch",
     "ComposedPatch",
     "DeepenConfig",
     "DepthwiseConfig",

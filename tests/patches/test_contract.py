@@ -9,6 +9,7 @@ import torch
 
 from hubtransfer.patches import (
     PATCHES,
+    ColumnConfig,
     DeepenConfig,
     DepthwiseConfig,
     ScaleBiasConfig,
@@ -32,6 +33,7 @@ CONFIGS = {
     "widen_copy": WidenConfig(units=3, init="copy", normalise="new"),
     "deepen": DeepenConfig(units=6),
     "widen+deepen": [WidenConfig(units=5), DeepenConfig(units=6)],
+    "column": ColumnConfig(),
     "split": SplitConfig(after=-2),
     "split_nothing_shared": SplitConfig(),
     "lora": peft.LoraConfig(r=2),
