@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         Teacher as Teacher,
         TransferModel as TransferModel,
         initialise_from_teacher as initialise_from_teacher,
+        stitched_model as stitched_model,
     )
     from hubtransfer.patches import (
         DeepenConfig as DeepenConfig,
@@ -71,7 +72,7 @@ _HOME = {
     "hubtransfer.methods": "Method OptimizerConfig",
     "hubtransfer.methods.finetuning": "FineTune",
     "hubtransfer.models": "ClassificationHead DenseHead MultiLabelHead PatchStore RegressionHead Teacher TransferModel "
-    "initialise_from_teacher",
+    "initialise_from_teacher stitched_model",
     "hubtransfer.patches": "DeepenConfig DepthwiseConfig ScaleBiasConfig SplitConfig WidenConfig",
     "hubtransfer.training": "Trainer TrainingArguments",
 }

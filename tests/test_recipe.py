@@ -513,4 +513,5 @@ def _few(section: Any) -> Any:
     if not {"source", "tasks", "stream"} & set(found):
         tested = found.get("evaluation", {})
         found |= {"limit": 12, "evaluation": {**tested, "limit": 8} if isinstance(tested, dict) else tested}
+        found |= {"labelled": dict.fromkeys(found["labelled"], 6)} if "labelled" in found else {}
     return found

@@ -240,3 +240,18 @@ def test_the_plain_sum_trains_tasks_that_take_turns():
     before = snapshot(method.model)
     run(method, streams(Mixing()), steps=None, epochs=2, batch_size=4)
     assert changed(before, method.model) == set(before)
+
+
+@pytest.mark.parametrize("batches", ["alternating", "mixed"])
+def test_the_mean_over_two_processes_is_the_loss_of_one(batches):
+    """Gradients are averaged over processes: the losses of their shares of a step must average to the whole step's."""
+    data = streams(Mixing(batches=batches))
+    model, tasks = four_headed(), tuple(HEADS)
+    source = task_streams(data, tasks, "x")
+    one = Loader(source, batch_size=8, seed=2).batches(0)
+    two = [Loader(source, batch_size=4, seed=2, rank=rank, world=2).batches(0) for rank in (0, 1)]
+    for whole, *parts in zip(one, *two):
+        found = [sum(task_losses(model, tasks, part).values()) for part in parts]
+        terms = [list(task_losses(model, tasks, part)) for part in parts]
+        assert terms[0] == terms[1]  # what is logged is gathered term by term
+        torch.testing.assert_close(sum(found) / 2, sum(task_losses(model, tasks, whole).values()))
