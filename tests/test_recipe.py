@@ -507,7 +507,8 @@ def _few(section: Any) -> Any:
         found["tasks"] = {task: _few(one) for task, one in found["tasks"].items()}
     if isinstance(found.get("stream"), dict):
         ((way, one),) = found["stream"].items()
-        found["stream"] = {way: _few(one) | ({"tasks": 2} if "tasks" in one else {})}
+        number = {"tasks": 2} if "tasks" in one else {}
+        found["stream"] = {way: _few({key: value for key, value in one.items() if key != "tasks"}) | number}
     elif "stream" in found:
         found["stream"] = [_few(one) for one in found["stream"]]
     if not {"source", "tasks", "stream"} & set(found):
