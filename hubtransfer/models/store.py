@@ -23,6 +23,7 @@ from hubtransfer.patches import Layout, Patch, build_patch, packed, patch_to_dic
 if TYPE_CHECKING:
     from hubtransfer.models.model import TransferModel
 
+_KINDS = (FileNotFoundError, PermissionError, ConnectionError, OSError, ValueError)
 Where = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
 
 
@@ -174,7 +175,8 @@ class PatchStore:
         try:
             return read_patch(place)
         except (ValueError, OSError) as error:
-            raise type(error)(f"task {name!r} from {os.fspath(place)!r}: {error}") from error
+            kind = next(kind for kind in _KINDS if isinstance(error, kind))  # subclasses may want other arguments
+            raise kind(f"task {name!r} from {os.fspath(place)!r}: {error}") from error
 
     @torch.no_grad()
     def _member(self, name: str, saved: SavedPatch) -> Member:

@@ -95,6 +95,23 @@ def test_patch_goes_onto_another_model(hub: HubServer, model: ht.TransferModel) 
         ht.TransferModel.from_pretrained("alice/birds-patch")
 
 
+def test_patches_are_served_from_the_hub(hub: HubServer, model: ht.TransferModel) -> None:
+    model.push_patch_to_hub("alice/birds-patch", "birds")
+    other = same_trunk(model).eval()
+    store = other.serve("alice/{task}-patch", capacity=2)
+    with torch.no_grad():
+        out = other(pixel_values=images(), task=["birds", "birds"]).logits
+    torch.testing.assert_close(out, outputs(model, "birds"))
+    assert store.resident == ("birds",) and store.names() == []
+    with pytest.raises(FileNotFoundError, match="task 'cats' from 'alice/cats-patch': "):
+        store.get("cats")
+    hub.damage("alice/birds-patch", "patch.safetensors")
+    store.forget()
+    forget_cache()
+    with pytest.raises(OSError, match="task 'birds' from 'alice/birds-patch': .*arrived twice"):
+        store.get("birds")
+
+
 def test_the_code_on_the_model_page_works(hub: HubServer, model: ht.TransferModel) -> None:
     model.push_to_hub("alice/birds")
     text = hub.files("alice/birds")["README.md"].decode()
