@@ -38,19 +38,20 @@ def gram(features: Tensor) -> Tensor:
 
 
 class _Gram(torch.autograd.Function):
-    """x x^T whose gradient is one matrix product, (g + g^T) x, instead of two."""
+    """x x^T whose gradient is one matrix product, (g + g^T) x, instead of two; `precise` adds up in float64."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, precise: bool = False) -> Tensor:
         ctx.save_for_backward(x)
+        wide = x.double() if precise else x
         with torch.autocast(x.device.type, enabled=False):
-            return x @ x.T
+            return (wide @ wide.T).to(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            return (grad + grad.T) @ x
+            return (grad + grad.T) @ x, None
 
 
 def cosines(features: Tensor) -> Tensor:
@@ -59,9 +60,9 @@ def cosines(features: Tensor) -> Tensor:
     Args:
         features: (batch, ...), flattened to (batch, d).
     """
-    products = gram(features)
-    inverse = products.diagonal().clamp(min=1e-24).rsqrt()  # on batch * batch numbers, not on batch * d
-    return products * inverse[:, None] * inverse
+    flat = _wide(features)
+    inverse = torch.linalg.vector_norm(flat, dim=1).clamp(min=1e-12).reciprocal()  # more exact than the diagonal
+    return gram(flat) * inverse[:, None] * inverse  # scales batch * batch numbers, not batch * d
 
 
 def pair_distances(features: Tensor) -> Tensor:
@@ -271,9 +272,13 @@ def _cosines_at(gram: Tensor, r: Tensor, u: Tensor) -> Tensor:
 
 
 def _centred_gram(features: Tensor) -> Tensor:
-    """The Gram matrix around the mean: differences of rows are the same, rounding is smaller."""
+    """The Gram matrix around the mean: differences of rows are the same, rounding is smaller.
+
+    What is left of distances after inner products cancel has the products' rounding, so these are added up in float64
+    where that costs little.
+    """
     flat = _wide(features)
-    return gram(flat - flat.mean(0))
+    return _Gram.apply(flat - flat.mean(0), flat.numel() < LARGE)
 
 
 def _wide(features: Tensor) -> Tensor:
