@@ -13,7 +13,7 @@ def stitch(activations: Sequence[Tensor], alpha: Tensor, axis: int = 1) -> list[
 
     With the identity as alpha every activation stays bit for bit as it is (if all are finite).
 
-    Source: https://arxiv.org/abs/1604.03539, equations 1 and 2.
+    Source: https://arxiv.org/abs/1604.03539, equation 1.
 
     Args:
         activations: x_j, one a network, all of one shape with the channels on ``axis``.

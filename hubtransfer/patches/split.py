@@ -25,7 +25,7 @@ class SplitConfig(PatchConfig):
     itself.
 
     Source: Caruana 1997, "Multitask Learning", section 2; the split at any layer is the baseline "Split" of Misra,
-    Shrivastava, Gupta, Hebert 2016, section 5. Differs from the paper: Misra's split is one that brute-force search
+    Shrivastava, Gupta, Hebert 2016. Differs from the paper: Misra's split is one that brute-force search
     found best; here a person chooses.
 
     Attributes:

@@ -66,7 +66,7 @@ class CrossStitch(Method, name="cross_stitch", config=CrossStitchConfig, scenari
 
     Needs the package greenlet (``pip install 'hubtransfer[stitch]'``): networks wait for one another in mid-pass.
 
-    Source: https://arxiv.org/abs/1604.03539, equations 1 and 2, section 4.
+    Source: https://arxiv.org/abs/1604.03539, equation 1 and the section on design decisions.
     """
 
     paper = "Misra 2016"

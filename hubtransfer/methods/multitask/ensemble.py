@@ -57,7 +57,7 @@ class Ensemble(Method, name="ensemble", config=EnsembleConfig, scenario=MultiTas
 
     Differs from the paper: which predictions are averaged is not said there; here they are logits.
 
-    Source: https://arxiv.org/abs/1604.03539, section 5 (baselines).
+    Source: https://arxiv.org/abs/1604.03539 (the baselines of its experiments).
     """
 
     paper = "Misra 2016"
