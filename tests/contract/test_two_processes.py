@@ -40,3 +40,14 @@ def test_two_processes_equal_one(name, folders):
     assert one.keys() == two.keys()
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_both_processes_remember_the_embeddings_of_all_examples(folders):
+    """Banks hold what either process saw, in one order: else the processes would contrast with other negatives."""
+    one, two = (load_file(folders[1] / f"bank{rank}.safetensors") for rank in range(2))
+    alone = load_file(folders[0] / "bank0.safetensors")
+    assert one.keys() == two.keys() == alone.keys()
+    for key, rows in one.items():
+        assert torch.equal(rows, two[key]), key
+    assert torch.equal(one["classes"], alone["classes"])
+    assert (one["classes"] >= 0).all()  # every example was seen by one of them

@@ -39,6 +39,21 @@ def run(folder: Path, batch_size: int) -> None:
             save_file(tensors(method), folder / f"{name}.safetensors")
             (folder / "world").write_text(str(trainer.runtime.world))
         trainer.runtime.wait()
+    bank(folder, batch_size)
+
+
+def bank(folder: Path, batch_size: int) -> None:
+    """Trains the method with a memory of all examples and writes what each process remembers."""
+    method, scenario = example("crd", dtype=torch.float64)
+    trainer = Trainer(
+        method, scenario, TrainingArguments(**settings("crd", folder / "runs" / "bank", batch_size=batch_size))
+    )
+    trainer.train()
+    save_file(
+        {name: t.contiguous() for name, t in method.bank.state_dict().items()},
+        folder / f"bank{trainer.runtime.rank}.safetensors",
+    )
+    trainer.runtime.wait()
 
 
 if __name__ == "__main__":

@@ -152,3 +152,36 @@ def test_without_a_layer_to_pair_the_layers_there_are_are_listed(name):
     student.backbone.layers.clear()
     with pytest.raises(ValueError, match=rf"the student .*Layers of the student: none; teacher 0: {known}"):
         cls_of(name)(student, Teacher(teacher), **options)
+
+
+@pytest.mark.parametrize("name", DISTILLATION)
+def test_a_teacher_that_shares_parameters_and_a_model_that_is_no_teacher_are_refused(name):
+    student = network(CNN, 0)
+    with pytest.raises(ValueError, match=r"share the parameter .*copy\.deepcopy"):
+        cls_of(name)(student, Teacher(student))
+    with pytest.raises(TypeError, match=r"as Teacher\(model\)"):
+        cls_of(name)(student, network(CNN, 1))
+
+
+OFFICIAL = {
+    "kd": {"temperature": 4.0, "alpha": 0.9},
+    "fitnet": {"beta": 100.0},
+    "attention_transfer": {"beta": 1000.0, "form": "code"},
+    "sp": {"weight": 3000.0},
+    "vid": {"beta": 1.0, "variance": 5.0},
+    "rkd": {"distance": 25.0, "angle": 50.0},
+    "pkt": {"weight": 30000.0},
+    "ft": {"beta": 500.0, "rate": 0.5},
+    "ab": {"margin": 1.0, "beta": 3e-3},
+    "fsp": {"beta": 50.0},
+    "nst": {"beta": 50.0},
+    "crd": {"weight": 0.8, "negatives": 16384, "temperature": 0.07, "momentum": 0.5, "dim": 128},
+    "dark_rank": {"alpha": 3.0, "beta": 3.0},
+}
+"""The standard benchmark's settings (of FT the paper's, whose loss the benchmark does not compute)."""
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_defaults_are_the_official_ones(name):
+    config = cls_of(name).config_class()
+    assert {key: getattr(config, key) for key in OFFICIAL[name]} == OFFICIAL[name]

@@ -1,6 +1,7 @@
 """Contrastive representation distillation (Tian, Krishnan and Isola, 2020)."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -13,8 +14,14 @@ from hubtransfer.functional.contrast import bank_contrast, batch_contrast, draw_
 from hubtransfer.methods.distil import Distillation
 from hubtransfer.methods.embedding_bank import EmbeddingBank, everywhere
 from hubtransfer.methods.pooled_pair import pooled_pair
+from hubtransfer.methods.stage import Stage
 from hubtransfer.methods.update import Terms
 from hubtransfer.models import Teacher, TransferModel, TransferModelOutput
+
+NO_NUMBERS = (
+    "CRD finds an example's row of its bank by the example's number, but these batches have no `index` (streamed data "
+    "have none); use form='batch' or a data set that is not streamed"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +101,18 @@ class CRD(Distillation, name="crd", config=CRDConfig, scenario=SingleTask):
     def __init__(self, model: TransferModel, teacher: Teacher, task: str | None = None, **config: Any) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
         self.teacher = teacher
-        like = next(model.heads[self.task].parameters(), next(model.backbone.parameters()))
-        self.embed_teacher = nn.Linear(teacher.model.backbone.dim, self.config.dim).to(like)
-        self.embed_student = nn.Linear(model.backbone.dim, self.config.dim).to(like)
+        self.embed_teacher = nn.Linear(teacher.model.backbone.dim, self.config.dim).to(self.like)
+        self.embed_student = nn.Linear(model.backbone.dim, self.config.dim).to(self.like)
         self.means: Tensor  # of e^score with the teacher's and with the student's embeddings; 0 until the first batch
-        self.register_buffer("means", like.new_zeros(2, requires_grad=False))
+        self.register_buffer("means", self.like.new_zeros(2, requires_grad=False))
         with_bank = self.config.form == "bank"
-        self.bank = EmbeddingBank(self.config.dim, self.config.momentum, like) if with_bank else None
+        self.bank = EmbeddingBank(self.config.dim, self.config.momentum, self.like) if with_bank else None
+
+    def before(self, scenario: SingleTask) -> Iterator[Stage]:
+        """No stage; refuses data without example numbers before any work starts."""
+        if self.bank is not None and scenario.train_source.iterable:
+            raise ValueError(NO_NUMBERS)
+        return iter(())
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:
         """Returns the critic's loss in both directions, already weighted: the scalar `contrast`."""
@@ -120,10 +132,7 @@ class CRD(Distillation, name="crd", config=CRDConfig, scenario=SingleTask):
 
     def _in_bank(self, theirs: Tensor, own: Tensor, batch: Batch) -> Tensor:
         if batch.index is None:
-            raise ValueError(
-                "CRD finds an example's row of its bank by the example's number, but this batch has no `index` "
-                "(streamed data have none); use form='batch' or a data set that is not streamed"
-            )
+            raise ValueError(NO_NUMBERS)
         assert self.bank is not None
         index = batch.index.to(own.device)
         classes = self._classes(batch)

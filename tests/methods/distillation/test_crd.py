@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hubtransfer.data import SingleTask
 from hubtransfer.functional import contrast
 from hubtransfer.functional.contrast import bank_contrast, batch_contrast, critic_loss, draw_others
 from hubtransfer.methods.distillation.crd import CRD
@@ -13,7 +14,7 @@ from hubtransfer.methods.distillation.kd import KD
 from hubtransfer.methods.embedding_bank import EmbeddingBank
 from tests.methods.distillation.relations import data, make, terms
 from tests.methods.steps import batches, clone, run
-from tests.tiny import batch
+from tests.tiny import batch, tiny_data
 
 SMALL = {"negatives": 12, "dim": 6}
 
@@ -184,6 +185,21 @@ def test_examples_without_numbers_are_named():
     method, _ = example()
     with pytest.raises(ValueError, match="index"):
         method.terms(method.model(**batch().inputs), batch())
+
+
+def test_a_stream_is_refused_before_any_work_and_the_form_without_a_bank_takes_it():
+    rows = tiny_data(24)
+
+    def stream():
+        return iter([{"pixel_values": x, "labels": int(y)} for x, y in zip(rows["pixel_values"], rows["labels"])])
+
+    method, _ = example()
+    seen = []
+    method.model.backbone.trunk.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
+    with pytest.raises(ValueError, match="streamed data have none"):
+        run(method, SingleTask(train=stream))
+    assert not seen
+    run(make(CRD, form="batch", dim=6), SingleTask(train=stream), steps=2)
 
 
 @pytest.mark.parametrize(
