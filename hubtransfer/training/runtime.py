@@ -174,7 +174,8 @@ class Runtime:
     def end(self) -> None:
         """Undoes `begin`: unwraps the method and gives every parameter its `requires_grad` back."""
         if self._wrapped is not None:
-            for name in ("forward", "_original_forward"):  # Accelerate's autocast wrapper sits on the instance
+            # Accelerate's autocast wrapper sits on the instance, and a mark that keeps it from wrapping once more
+            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
                 self.method.__dict__.pop(name, None)
             self._wrapped = None
         self.accelerator._models.clear()

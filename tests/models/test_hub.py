@@ -325,6 +325,7 @@ def test_offline_mode_is_said_at_once(hub: HubServer, saved: Path, monkeypatch: 
 
 
 def test_nothing_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HUBTRANSFER_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9/")  # the discard port
     assert hub_errors.endpoint() == "http://127.0.0.1:9"
     assert "does not answer" in (unreachable_because(0.5) or "")

@@ -104,7 +104,7 @@ class L2TWW(Method, name="l2t_ww", config=L2TWWConfig, scenario=SingleTask):
         self.pair_weights = self.pair_networks([wide for wide, _ in widths]).to(like)
         for f in self.channel_weights.parameters():
             nn.init.zeros_(f)
-        self._seen: dict[str, float] = {}
+        self._seen: dict[str, Tensor] = {}
 
     def pair_networks(self, widths: Sequence[int]) -> nn.ModuleList:
         """Returns g for each pair, (batch, width) -> (batch, 1), as it starts."""
@@ -139,24 +139,16 @@ class L2TWW(Method, name="l2t_ww", config=L2TWWConfig, scenario=SingleTask):
         yield Stage(
             "transfer",
             scenario.train_source,
-            [
-                Descend(self.loss, "student", after=self.note),
-                Unrolled(inner, self.label_loss, over="student", trains="meta"),
-            ],
+            [Descend(self.loss, "student"), Unrolled(inner, self.label_loss, over="student", trains="meta")],
             optimizers={
                 "student": OptimizerConfig(name="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4, schedule="cosine"),
                 "meta": OptimizerConfig(name="adam", lr=1e-4, weight_decay=1e-4, schedule="constant"),
             },
         )
 
-    @torch.no_grad()
-    def note(self, batch: Batch) -> None:
-        """Keeps the mean pair weights of the last batch, for `watched`."""
-        self._seen = {n: float(w.mean()) for n, (_, w) in zip(self.pairs.names, self.weights(batch))}
-
-    def watched(self) -> dict[str, float]:
+    def watched(self) -> dict[str, Tensor]:
         """Returns the mean weight of each pair over the last batch."""
-        return {f"pair weight/{name}": value for name, value in self._seen.items()}
+        return {f"pair weight/{name}": weight.mean() for name, weight in self._seen.items()}
 
     def weights(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """Returns for each pair the channel weights (batch, channels) and the pair weight (batch,) of each example."""
@@ -169,9 +161,11 @@ class L2TWW(Method, name="l2t_ww", config=L2TWWConfig, scenario=SingleTask):
 
     def _distance(self, batch: Batch, maps: dict[str, Tensor]) -> Tensor:
         total = []
+        weights = self.weights(batch)
         both = zip(self.pairs.teacher_maps(batch), self.pairs.own_maps(maps, batch))
-        for (there, here), match, (channels, pair) in zip(both, self.match, self.weights(batch)):
+        for (there, here), match, (channels, pair) in zip(both, self.match, weights):
             there, here = same_size(there, here)
             squares = (there - match(here)).square().mean((2, 3))
             total.append((pair * (channels * squares).sum(1)).mean())
+        self._seen = {name: pair.detach() for name, (_, pair) in zip(self.pairs.names, weights)}
         return self.config.beta * torch.stack(total).sum()
