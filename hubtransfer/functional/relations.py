@@ -75,7 +75,7 @@ def pair_distances(features: Tensor) -> Tensor:
     tensor([[0., 5.],
             [5., 0.]])
     """
-    return _root(_squares(_centred_gram(features)))
+    return _distances(_centred_gram(features))
 
 
 def gram_distance(teacher: Tensor, student: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ class _Angles(torch.autograd.Function):
 
 def _arms(gram: Tensor) -> tuple[Tensor, Tensor]:
     """r_ij = 1 / d_ij (zero for equal rows) and u_ij = r_ij (G_ii / 2 - G_ij)."""
-    distances = _root(_squares(gram))
+    distances = _distances(gram)
     r = torch.where(distances > 0, 1 / distances, 0)
     return r, r * (gram.diagonal()[:, None] / 2 - gram)
 
@@ -286,18 +286,12 @@ def _wide(features: Tensor) -> Tensor:
     return flat if flat.dtype.itemsize >= 4 else flat.float()
 
 
-def _squares(gram: Tensor) -> Tensor:
-    """Squared distances, exactly zero on the diagonal and where they are nothing but rounding."""
+def _distances(gram: Tensor) -> Tensor:
+    """Distances, exactly zero (without gradient) on the diagonal and where squares are nothing but rounding."""
     norms = gram.diagonal()
-    both = norms[:, None] + norms[None, :]
-    squares = both - 2 * gram
-    noise = 8 * torch.finfo(gram.dtype).eps * both.detach()
-    off = ~torch.eye(len(gram), dtype=torch.bool, device=gram.device)
-    return torch.where(off & (squares > noise), squares, 0)
-
-
-def _root(squares: Tensor) -> Tensor:
-    positive = squares > 0
+    both = norms[:, None] + norms
+    squares = torch.sub(both, gram, alpha=2)  # on the diagonal 2 a - 2 a, which is 0
+    positive = squares > 8 * torch.finfo(gram.dtype).eps * both.detach()
     return torch.where(positive, torch.where(positive, squares, 1).sqrt(), 0)
 
 
