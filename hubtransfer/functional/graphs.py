@@ -1,6 +1,7 @@
 """What a tensor was computed from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -16,17 +17,38 @@ def leaves_of(outputs: Sequence[Tensor]) -> list[Tensor]:
     >>> [leaf is b for leaf in leaves_of([(a.exp() * b).exp()])]
     [True, False]
     """
-    layer = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    found = {node.variable: None for node in _nodes(outputs) if hasattr(node, "variable")}
+    return list(found)
+
+
+def convolution_with(outputs: Sequence[Tensor], weight: Tensor) -> Any:
+    """Returns the node of the graph where `weight` is a convolution's, in one group and on two dimensions, or None.
+
+    Args:
+        outputs: Tensors with their graph.
+        weight: A leaf; None is returned too where it is used more than once.
+    """
+    users = [
+        node for node in _nodes(outputs) for following, _ in node.next_functions
+        if following is not None and getattr(following, "variable", None) is weight
+    ]  # fmt: skip
+    if len(users) != 1 or users[0].name() != "ConvolutionBackward0" or weight.ndim != 4:
+        return None
+    (node,) = users
+    plain = node._saved_groups == 1 and not node._saved_transposed and node.next_functions[1][0].variable is weight
+    return node if plain else None
+
+
+def _nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
+    """Every node of the graph behind some tensors, the nearest first."""
+    layer: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set(layer)
-    found: dict[Tensor, None] = {}
     while layer:
         below = []
         for node in layer:
-            if hasattr(node, "variable"):  # where gradients are accumulated
-                found[node.variable] = None
+            yield node
             for following, _ in node.next_functions:
                 if following is not None and following not in seen:
                     seen.add(following)
                     below.append(following)
         layer = below
-    return list(found)

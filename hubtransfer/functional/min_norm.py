@@ -35,6 +35,9 @@ def min_norm_weights(gram: Tensor) -> Tensor:
     if not np.isfinite(matrix).all():
         raise ValueError(f"gram holds values that are not finite: diagonal {np.diag(matrix).tolist()}")
     terms = len(matrix)
+    if terms == 2:
+        share = _share_of_two(*matrix.flatten().tolist())
+        return torch.tensor([share, 1 - share], dtype=gram.dtype, device=gram.device)
     scale = matrix.diagonal().mean()  # the solution does not depend on it; it keeps both parts of the problem alike
     if scale <= 0:
         return torch.full((terms,), 1 / terms, dtype=gram.dtype, device=gram.device)
@@ -42,6 +45,14 @@ def min_norm_weights(gram: Tensor) -> Tensor:
     system = np.concatenate([factor, np.ones((1, terms))])
     x, _ = nnls(system, np.concatenate([np.zeros(terms), [1.0]]), maxiter=100 * terms)
     return torch.as_tensor(x / x.sum(), dtype=gram.dtype, device=gram.device)
+
+
+def _share_of_two(gg: float, gh: float, hg: float, hh: float) -> float:
+    """Returns the weight of g, of two vectors g and h: the nearest point to 0 on the segment between them."""
+    apart = gg + hh - gh - hg  # |g - h|^2
+    if apart <= 0:
+        return 0.5
+    return min(1.0, max(0.0, (hh - (gh + hg) / 2) / apart))
 
 
 def _factor(matrix: np.ndarray) -> np.ndarray:

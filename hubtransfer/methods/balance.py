@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from hubtransfer.backbones import Features, Towers
 from hubtransfer.data import Batch, MultiTask
-from hubtransfer.functional.graphs import leaves_of
+from hubtransfer.functional.gradient_norms import convolution_gradient_norms, worth_it
+from hubtransfer.functional.graphs import convolution_with, leaves_of
 from hubtransfer.methods.aggregate import Gradients
 from hubtransfer.methods.multi_task_method import MultiTaskMethod
 from hubtransfer.methods.stage import OptimizerConfig, Stage
@@ -21,6 +23,9 @@ from hubtransfer.models import TransferModel
 
 if TYPE_CHECKING:
     from hubtransfer.training.runtime import Runtime
+
+PIECE = 32_768
+"""Numbers of a gradient that are multiplied at a time: they stay in a processor's cache."""
 
 
 class TaskPass(NamedTuple):
@@ -105,25 +110,35 @@ class TaskGradients:
         """
         if not self.one_pass:
             raise ValueError("the tasks' gradients lie at different outputs of the trunk, which cannot be compared")
-        gram = torch.zeros(len(self._tasks), len(self._tasks), dtype=torch.float64, device=self.losses.device)
+        count = len(self._tasks)
+        gram = torch.zeros(count, count, dtype=torch.float64, device=self.losses.device)
         for readers, stacked in self._by_output:
-            if readers:
-                flat = stacked.flatten(1)
-                flat = flat.float() if flat.dtype.itemsize < 4 else flat
+            if not readers:
+                continue
+            flat = stacked.flatten(1)
+            flat = flat.float() if flat.dtype.itemsize < 4 else flat
+            products = (flat @ flat.T).to(gram)
+            if len(readers) == count:
+                gram += products
+            else:
                 place = torch.tensor(readers, device=gram.device)
-                gram[place[:, None], place] += (flat @ flat.T).to(gram)
+                gram[place[:, None], place] += products
         return self._runtime.reduce(gram, "sum") / self._runtime.world**2  # L is the mean of the processes' losses
 
     def gram(self) -> Tensor:
-        """Inner products of the tasks' gradients of the shared parameters: (tasks, tasks), a parameter at a time."""
+        """Inner products of the tasks' gradients of the shared parameters: (tasks, tasks), piece by piece."""
         gram = torch.zeros(len(self._tasks), len(self._tasks), dtype=torch.float64, device=self.losses.device)
         for column in zip(*self.rows()):
-            stacked = torch.stack(column).flatten(1)
-            gram += (stacked @ stacked.T).to(gram)
+            for pieces in zip(*(gradient.flatten().split(PIECE) for gradient in column)):
+                stacked = torch.stack(pieces)
+                gram += stacked @ stacked.T
         return gram
 
     def norms(self, parameter: Tensor) -> Tensor:
         """L2 norm of each task's gradient of one shared parameter, (tasks,)."""
+        found = self._convolution_norms(parameter)
+        if found is not None:
+            return found
         norms = [self._pull(k, [parameter], retain_graph=True)[0].norm() for k in range(len(self._tasks))]
         return torch.stack(norms)
 
@@ -196,12 +211,30 @@ class TaskGradients:
         return [self._pull(k, params, retain_graph=self.one_pass and k < last) for k in range(len(self._tasks))]
 
     def _pull(self, task: int, params: Sequence[Tensor], retain_graph: bool) -> Gradients:
+        outputs, seeds = self._where(task)
+        return self._runtime.grad(outputs, params, seeds=seeds, retain_graph=retain_graph)
+
+    def _where(self, task: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs of the trunk that a task's loss depends on, and its gradients of them."""
         found, seeds = self._passes[task], self._seeds[task]
         pairs = [] if found is None or seeds is None else list(zip(found.outputs, seeds))
         pairs = [(output, seed) for output, seed in pairs if seed is not None and output.requires_grad]
-        return self._runtime.grad(
-            [output for output, _ in pairs], params, seeds=[seed for _, seed in pairs], retain_graph=retain_graph
-        )
+        return [output for output, _ in pairs], [seed for _, seed in pairs]
+
+    def _convolution_norms(self, parameter: Tensor) -> Tensor | None:
+        """The norms without the gradients, where that is possible and takes less time."""
+        places = [self._where(task) for task in range(len(self._tasks))]
+        if not self.one_pass or self._runtime.world > 1 or not all(outputs for outputs, _ in places):
+            return None  # over processes the norm of the mean gradient needs the gradients
+        node = convolution_with(places[0][0], parameter)
+        if node is None:
+            return None
+        edge = GradientEdge(node, 0)
+        slopes = [torch.autograd.grad(outputs, edge, seeds, retain_graph=True)[0] for outputs, seeds in places]
+        if not worth_it(node._saved_input, slopes[0], parameter.shape[2:], len(slopes)):
+            return None
+        shape = (parameter.shape[2:], node._saved_stride, node._saved_padding, node._saved_dilation)
+        return convolution_gradient_norms(node._saved_input, slopes, *shape)
 
 
 @dataclass(frozen=True, eq=False)

@@ -95,6 +95,19 @@ def test_rules_see_what_plain_autograd_finds_for_heads_of_every_kind():
     torch.testing.assert_close(torch.cat([g.flatten() for g in found.own(weights)]), scaled)
 
 
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_norms_at_a_convolution_are_the_same_without_its_gradients(shortcut, monkeypatch):
+    """Heads that read pooled features and one that reads the map: the shortcut starts at the convolution's output."""
+    monkeypatch.setattr("hubtransfer.methods.balance.worth_it", lambda *args: shortcut)
+    model = model_with(TASKS, torch.float64)
+    found, batch, _ = seen_by_a_rule(model, scenario(dtype=torch.float64, tasks=TASKS))
+    losses, _ = plain_losses(model, batch)
+    for name in ("block.weight", "stem.weight"):
+        kernel = model.backbone.trunk.get_parameter(name)
+        lengths = [torch.autograd.grad(losses[t], kernel, retain_graph=True)[0].norm() for t in TASKS]
+        torch.testing.assert_close(found.norms(kernel), torch.stack(lengths))
+
+
 @pytest.mark.parametrize("kind", ["streams", "patches"])
 def test_tasks_that_do_not_share_a_pass_have_their_own_gradients(kind):
     """A data set each, or patches: every row, and every head's and patch's gradient, is that of its own pass."""

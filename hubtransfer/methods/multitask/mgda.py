@@ -51,14 +51,16 @@ class MinNorm(GramAggregator):
 
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
         """Maps the Gram matrix (terms, terms) and the losses (terms,) to weights (terms,)."""
+        if not gram.sum().isfinite():
+            return torch.full_like(losses, 1 / len(losses))  # the training loop names the loss that is not finite
+        if self.normalization == "none":
+            return min_norm_weights(gram)
         size = torch.ones_like(losses, dtype=gram.dtype)
         if self.normalization in ("l2", "loss+"):
             size = size * gram.diagonal().clamp(min=0).sqrt()
         if self.normalization in ("loss", "loss+"):
             size = size * losses.to(gram).abs()
         size = torch.where(size > 0, size, 1.0)  # a task without gradient or loss stays as it is: it is satisfied
-        if not gram.isfinite().all():
-            return torch.ones_like(size) / len(size)  # the training loop names the loss that is not finite
         weights = min_norm_weights(gram / torch.outer(size, size)) / size
         return weights / weights.sum()
 
