@@ -119,7 +119,7 @@ class Headline:
     Attributes:
         metric: which number.
         wrong: show 100 (1 - metric) instead: the share that is wrong, in per cent.
-        rows: show only those alternatives of the grid that have one of these values, path -> values.
+        rows: show only those alternatives of the grid that have one of these values, path (or ``label``) -> values.
         label: what the recipe is called beside others.
         paper: the paper's figure, in words.
     """

@@ -106,7 +106,8 @@ def _headline(document: dict[str, Any], headline: dict[str, Any]) -> str:
     """What a recipe's headline shows of its results."""
     wrong, chosen = headline.get("wrong", False), headline.get("rows", {})
     teachers = [{**row, "metric": f"teacher/{row['metric']}"} for row in document.get("teachers", ())]
-    rows = [row for row in document["summary"] if all(row["overrides"].get(k) in v for k, v in chosen.items())]
+    known = [({"label": row.get("name"), **row["overrides"]}, row) for row in document["summary"]]
+    rows = [row for changes, row in known if all(changes.get(k) in v for k, v in chosen.items())]
     shown = [_figure(row, wrong) for row in teachers + rows if row["metric"].rpartition("/")[2] == headline["metric"]]
     return f"{'error in %' if wrong else headline['metric']}: {'; '.join(shown)}"
 
