@@ -45,6 +45,10 @@ class Switching(nn.Module):
     def _merged_with(self, name: str) -> None:
         """Leaves the task's patch in place until `revert`."""
         self.revert()
+        if isinstance(self.patches._modules.get(name), ColumnPatch):
+            raise ValueError(
+                f"task {name!r} is a column that hears the trunk, which it would replace: it cannot be merged"
+            )
         merging = applied(self.patches[name]) if name in self.patches else nullcontext()  # type: ignore[arg-type]
         merging.__enter__()
         self._merge = (name, merging)

@@ -30,6 +30,10 @@ def test_save_and_load_are_bit_equal(kind: str, tmp_path: Path) -> None:
         model.save_patch(str(tmp_path / "patch"), "task")
         model.load_patch(str(tmp_path / "patch"), task="again")
         assert torch.equal(model(pixel_values=x, task="again").logits, tuned)
+        if kind == "column":
+            with pytest.raises(ValueError, match="cannot be merged"):
+                model.merge("task")
+            return
         merged = model.merge("task")(pixel_values=x, task="task").logits
         assert torch.equal(merged, tuned)
         assert torch.equal(model.revert()(pixel_values=x, task="plain").logits, plain)
