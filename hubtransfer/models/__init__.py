@@ -11,6 +11,7 @@ from hubtransfer.models.store import PatchStore
 from hubtransfer.models.tasks import TaskSpec
 from hubtransfer.models.teacher import Teacher
 from hubtransfer.models.towers import stitched_model
+from hubtransfer.models.units import linear_chain
 
 __all__ = [
     "ClassificationHead",
