@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,3 +24,12 @@ class TransferModelOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | list[Tensor] | None = None
     features: Features | None = None
+
+    def __init__(
+        self, loss: Tensor | None = None, logits: Tensor | list[Tensor] | None = None, features: Features | None = None
+    ) -> None:
+        """Enters what there is: what transformers' own constructor does, which looks at every field several times."""
+        for name, value in (("loss", loss), ("logits", logits), ("features", features)):
+            self.__dict__[name] = value
+            if value is not None:
+                OrderedDict.__setitem__(self, name, value)
