@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from hubtransfer.config import unknown_name
-from hubtransfer.patches import ColumnPatch
+from hubtransfer.patches import Patch
 
 if TYPE_CHECKING:
     from hubtransfer.models.heads import Inputs
     from hubtransfer.models.switching import Switching
 
 
-def earlier_maps(model: Switching, patch: ColumnPatch, inputs: Inputs) -> list[Mapping[str, Tensor]]:
+def earlier_maps(model: Switching, patch: Patch, inputs: Inputs) -> list[Mapping[str, Tensor]]:
     """Returns the maps that a column hears: of the trunk, then of each task it names, each of which runs once.
 
     A named column hears the trunk and those named before it, as it did when it was made.
@@ -25,12 +25,12 @@ def earlier_maps(model: Switching, patch: ColumnPatch, inputs: Inputs) -> list[M
     """
     with model.placed(None):
         maps: list[Mapping[str, Tensor]] = [model.backbone(inputs, patch.places).maps]
-    for number, name in enumerate(patch.hears):
-        earlier = model.patches._modules.get(name)
-        if not isinstance(earlier, ColumnPatch):
-            known = [task for task, each in model.patches.items() if isinstance(each, ColumnPatch)]
+    for number, name in enumerate(patch.hears or ()):
+        earlier: Any = model.patches._modules.get(name)
+        if earlier is None or earlier.hears is None:
+            known = [task for task, each in model.patches.items() if each.hears is not None]
             raise ValueError(unknown_name("column", name, known, "the model, one of whose tasks hears it,"))
-        if earlier.hears != patch.hears[:number] or not set(earlier.places) <= set(patch.places):
+        if earlier.hears != (patch.hears or ())[:number] or not set(earlier.places) <= set(patch.places):
             raise ValueError(
                 f"the column of task {name!r} hears {', '.join(earlier.hears) or 'the trunk alone'} at "
                 f"{', '.join(earlier.places)}; a column that hears it has to name the same tasks before it, in the "

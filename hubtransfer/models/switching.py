@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hubtransfer.backbones import Backbone
 from hubtransfer.models.columns import earlier_maps
 from hubtransfer.models.tasks import TaskModules
-from hubtransfer.patches import ColumnPatch, applied, train_where_it_learns
+from hubtransfer.patches import applied, train_where_it_learns
 
 if TYPE_CHECKING:
     from hubtransfer.models.store import PatchStore
@@ -44,11 +44,13 @@ class Switching(nn.Module):
 
     def _merged_with(self, name: str) -> None:
         """Leaves the task's patch in place until `revert`."""
-        self.revert()
-        if isinstance(self.patches._modules.get(name), ColumnPatch):
+        patch: Any = self.patches._modules.get(name)
+        if patch is not None and patch.hears is not None:
             raise ValueError(
-                f"task {name!r} is a column that hears the trunk, which it would replace: it cannot be merged"
+                f"the patch of task {name!r} reads the trunk beside itself, so it cannot be merged into it; "
+                f"run the task by name, model(..., task={name!r})"
             )
+        self.revert()
         merging = applied(self.patches[name]) if name in self.patches else nullcontext()  # type: ignore[arg-type]
         merging.__enter__()
         self._merge = (name, merging)
@@ -84,8 +86,9 @@ class Switching(nn.Module):
             name: The task.
             inputs: What the trunk will get, which columns of other tasks see before.
         """
-        patch = self.patches._modules.get(name) if name is not None else None
-        hearing = patch.hearing(earlier_maps(self, patch, inputs)) if isinstance(patch, ColumnPatch) else _NOTHING
+        patch: Any = self.patches._modules.get(name) if name is not None else None
+        alone = patch is None or patch.hears is None
+        hearing = _NOTHING if alone else patch.hearing(earlier_maps(self, patch, inputs))
         with hearing, self.placed(name):
             yield
 

@@ -38,6 +38,8 @@ def build_patch(config: Any, backbone: "Backbone") -> Patch:
                 )
             parts.append(part)
             dim += parts[-1].extra_dim
+        if len(parts) > 1 and any(part.hears is not None for part in parts):
+            raise ValueError("a patch that reads other tasks' maps stands alone: give it as patch=..., not in a list.")
         return parts[0] if len(parts) == 1 else ComposedPatch(parts, backbone)
     return _build_one(config, backbone, backbone.dim)
 

@@ -9,7 +9,7 @@ never meet one another.
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -67,9 +67,13 @@ class Patch(nn.Module):
         config: what built it.
         own: the task's tensors; ``own.blocks.0.bn1.weight`` takes the place of the trunk's ``blocks.0.bn1.weight``.
         extra_dim: by how much the classifier's input is wider with this patch than without (0 for most).
+        hears: tasks whose maps it reads while it runs, after the trunk's own; None for a patch that reads none.
+        places: layers whose maps it reads.
     """
 
     extra_dim: int = 0
+    hears: tuple[str, ...] | None = None
+    places: tuple[str, ...] = ()
     behind_trunk: ClassVar[bool] = False  # stands between trunk and head: the trunk cannot be widened after it
     own: nn.Module
     _host: tuple["Backbone"]
@@ -83,6 +87,10 @@ class Patch(nn.Module):
         self.own = nn.Module()
         self._bindings: list[Binding] = []
         self._attach(backbone)
+
+    def hearing(self, maps: Sequence[Mapping[str, Tensor]]) -> AbstractContextManager[None]:
+        """While this lasts it reads these maps by layer: the trunk's, then those of each task in `hears`."""
+        return nullcontext()
 
     # ------------------------------------------------------------------ building
 

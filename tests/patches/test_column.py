@@ -175,3 +175,9 @@ def test_what_cannot_be_heard_is_named():
 def test_bad_values_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         ColumnConfig(**bad)
+
+
+def test_a_column_stands_alone():
+    backbone = backbone_of("timm/mobilenetv2_035")
+    with pytest.raises(ValueError, match="stands alone"):
+        ht.TransferModel(backbone).add_task("task", patch=[ColumnConfig(), ht.DeepenConfig()])
