@@ -105,13 +105,15 @@ class Backbone(nn.Module):
             ValueError: For an unknown name (with the nearest valid ones), an unreachable or missing repository, or an
                 argument that the network does not take.
         """
-        from hubtransfer.backbones import names, plain, timm, transformers
+        from hubtransfer.backbones import plain
 
         if isinstance(name_or_path, nn.Module):
             return cls.from_module(name_or_path, **kwargs)
         name = os.fspath(name_or_path)
         if name.startswith(plain.PREFIX):
             return plain.from_plain(name, pretrained=pretrained, kwargs=kwargs)
+        from hubtransfer.backbones import names, timm, transformers  # seconds of imports that a plain network needs not
+
         options: dict[str, Any] = {"pretrained": pretrained, "revision": revision, "kwargs": kwargs}
         remote = {**options, "trust_remote_code": trust_remote_code}
         if name.startswith(("local-dir:", "hf-hub:", "hf_hub:", "timm/")) or timm.is_architecture(name):

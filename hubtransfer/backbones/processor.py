@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -194,6 +195,11 @@ class ImageProcessor(Processor):
             )
         return images
 
+    @cached_property
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        std = torch.tensor(self.std)
+        return torch.tensor(self.rescale) / std, torch.tensor(self.mean) / std
+
     def _process(self, images: Tensor) -> Tensor:
         """(n, c, h, w) uint8 -> (n, channels, height, width) float32."""
         channels = len(self.mean)
@@ -203,13 +209,15 @@ class ImageProcessor(Processor):
             raise ValueError(f"Images with {images.shape[1]} channels, but the backbone takes {channels}.")
         if self.resize:
             images = self._fitted(images)
-        std = torch.tensor(self.std, device=images.device)
-        scale, scaled = torch.tensor(self.rescale, device=images.device) / std, images.float()
-        # Greyscale becomes as many equal channels as there are means, by broadcasting; else in place, it is our own.
-        in_place = images.shape[1] == channels and not images.is_floating_point()
-        scaled = scaled.mul_(scale[:, None, None]) if in_place else scaled * scale[:, None, None]
+        scale, shift = (value.to(images.device) for value in self._affine)
+        if images.shape[1] != channels:  # greyscale becomes as many equal channels as there are means
+            images = images.expand(-1, channels, -1, -1)
+        scaled = images.float()
+        if scaled is images:
+            scaled = images.clone()
+        scaled *= float(scale[0]) if len(set(self.std)) == 1 else scale[:, None, None]
         if any(self.mean):
-            scaled -= (torch.tensor(self.mean, device=images.device) / std)[:, None, None]
+            scaled -= shift[:, None, None]
         return scaled
 
     def _fitted(self, images: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from hubtransfer.data.batch import Batch
 from hubtransfer.data.processes import everywhere, rank, world
 
 Processor = Callable[..., Mapping[str, Tensor]]
-Random = np.random.Generator
 
 _FACTS = "facts"
+_64_BITS = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,18 @@ class Replay(Batch):
         kept = {name: value[keep.to(value.device)] for name, value in self.kept.items()}
         return replace(chosen, kept=kept, tasks=self.tasks[keep.to(self.tasks.device)], slots=self.slots[keep.cpu()])
 
+    def span(self, first: int, last: int) -> Replay:
+        """The examples `[first, last)`, without a copy."""
+        assert isinstance(self.labels, Tensor)
+        assert self.tasks is not None and self.slots is not None
+        return Replay(
+            inputs={name: value[first:last] for name, value in self.inputs.items()},
+            labels=self.labels[first:last],
+            kept={name: value[first:last] for name, value in self.kept.items()},
+            tasks=self.tasks[first:last],
+            slots=self.slots[first:last],
+        )
+
 
 class Memory(nn.Module, ABC):
     """Examples kept for later, in slots 0, 1, ... of which the first `len(memory)` are taken.
@@ -89,13 +101,15 @@ class Memory(nn.Module, ABC):
     Attributes:
         size: Slots.
         seen: Examples added so far, kept or not.
+        drawn: Draws so far.
         seed: Of its decisions; the trainer sets it to the run's.
     """
 
     def __init__(self, config: MemoryConfig, processor: Processor | None = None) -> None:
         super().__init__()
         self.config, self.size, self.processor = config, config.size, processor
-        self.seed, self.seen, self.draws, self.filled, self.is_raw = 0, 0, 0, 0, False
+        self.seed, self.seen, self.drawn, self.filled, self.is_raw = 0, 0, 0, 0, False
+        self._generator = torch.Generator()
         self._place: Tensor  # follows the method from device to device
         self.register_buffer("_place", torch.empty(0), persistent=False)
 
@@ -137,18 +151,20 @@ class Memory(nn.Module, ABC):
         if not isinstance(given, Tensor):
             raise ValueError(f"{type(self).__name__} keeps labels, but the batch has {type(given).__name__}")
         self._check_names(kept)
-        gathered = (lambda value: value) if same else everywhere
+        gathered = _own if same or world() == 1 else everywhere
         labels, kept = gathered(given), {name: gathered(_whole(value)) for name, value in kept.items()}
         slots = self.choose(len(labels), labels, task, kept)
         self.seen += len(labels)
-        rows, slots = _last_of_each(slots)
-        if len(rows):
-            tasks = torch.full((len(labels),), task, dtype=torch.int64, device=labels.device)
-            columns = {"labels": labels, "task": tasks} | {f"kept_{name}": value for name, value in kept.items()}
-            columns |= {f"input_{name}": gathered(value) for name, value in self._inputs(batch).items()}
-            stay = torch.from_numpy(rows)
-            chosen = {name: value.index_select(0, stay.to(value.device)) for name, value in columns.items()}
-            self._write(torch.from_numpy(slots), chosen)
+        rows = np.flatnonzero(slots >= 0)
+        if not len(rows):  # with a full reservoir and a long past that is what happens most of the time
+            return
+        rows, slots = _last_of_each(rows, slots)
+        stay = torch.from_numpy(rows)
+        columns = {"labels": labels} | {f"kept_{name}": value for name, value in kept.items()}
+        columns |= {f"input_{name}": gathered(value) for name, value in self._inputs(batch).items()}
+        chosen = {name: value.index_select(0, stay.to(value.device)) for name, value in columns.items()}
+        chosen["task"] = torch.full((len(rows),), task, dtype=torch.int64, device=labels.device)
+        self._write(torch.from_numpy(slots), chosen)
 
     @torch.no_grad()
     def update(self, slots: Tensor, **kept: Tensor) -> None:
@@ -226,16 +242,30 @@ class Memory(nn.Module, ABC):
         Fewer are given while the memory holds fewer (with several processes, each gives equally many), `None` while it
         has none to give.
         """
+        return self.draws(count, 1)[0]
+
+    def draws(self, count: int, times: int) -> list[Replay] | list[None]:
+        """Returns several independent draws, for the price of one reading."""
         everyone = world()
-        total = min(count * everyone, self.filled)
-        share = total // everyone
+        share = min(count * everyone, self.filled) // everyone
         if not share:
-            return None
-        self.draws += 1
-        random = self.random("draw", self.draws)
-        slots = random.choice(self.filled, share * everyone, replace=False, shuffle=False)
-        mine = slots[rank() * share : (rank() + 1) * share] if everyone > 1 else slots
-        return self.at(torch.from_numpy(mine))
+            return [None] * times
+        chosen = []
+        for _ in range(times):
+            self.drawn += 1
+            slots = self._distinct(share * everyone)
+            chosen.append(slots[rank() * share : (rank() + 1) * share] if everyone > 1 else slots)
+        if times == 1:
+            return [self.at(chosen[0])]
+        together = self.at(torch.cat(chosen))
+        return [together.span(number * share, (number + 1) * share) for number in range(times)]
+
+    def _distinct(self, count: int) -> Tensor:
+        """Different slots in no order, int64 (count,); what it costs depends on `count` alone."""
+        if self.filled <= 32 * count:
+            return torch.randperm(self.filled, generator=self.random("draw", self.drawn))[:count]
+        seed = int(torch.randint(2**62, (), generator=self.random("draw", self.drawn)))
+        return torch.from_numpy(np.random.default_rng(seed).choice(self.filled, count, replace=False, shuffle=False))
 
     def everything(self) -> Replay | None:
         """Returns all examples by slot, on every process, or `None`."""
@@ -264,10 +294,20 @@ class Memory(nn.Module, ABC):
 
     # ----------------------------------------------------------------------------------------------------- state
 
-    def random(self, purpose: str, number: int) -> Random:
-        """Returns the generator of one decision: the same whatever was drawn elsewhere."""
-        key = np.array([self.seed, sum(purpose.encode())], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, number], dtype=np.uint64)))
+    def random(self, purpose: str, number: int) -> torch.Generator:
+        """Returns the generator of one decision: the same whatever was drawn elsewhere. Use it before the next call."""
+        mixed = (self.seed * 0x9E3779B97F4A7C15 + sum(purpose.encode()) * 0xBF58476D1CE4E5B9 + number) & _64_BITS
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64
+            mixed = ((mixed ^ (mixed >> shift)) * factor) & _64_BITS
+        return self._generator.manual_seed(mixed ^ (mixed >> 31))
+
+    def uniform(self, count: int) -> np.ndarray:
+        """Returns the numbers in [0, 1) by which the next `count` examples are judged, float64 (count,)."""
+        return torch.rand(count, dtype=torch.float64, generator=self.random("add", self.seen)).numpy()
+
+    def numpy_random(self) -> np.random.Generator:
+        """Returns the generator by which the next examples are judged, where their number of decisions is not known."""
+        return np.random.default_rng(int(torch.randint(2**62, (), generator=self.random("add", self.seen))))
 
     def set_seed(self, seed: int) -> None:
         """Sets the seed of all further decisions."""
@@ -285,7 +325,7 @@ class Memory(nn.Module, ABC):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        facts = [self.seed, self.seen, self.draws, self.filled, int(self.is_raw)]
+        facts = [self.seed, self.seen, self.drawn, self.filled, int(self.is_raw)]
         destination[prefix + _FACTS] = torch.tensor(facts, dtype=torch.int64)
         for name, value in self.bookkeeping().items():
             destination[f"{prefix}book_{name}"] = value
@@ -297,7 +337,7 @@ class Memory(nn.Module, ABC):
         if _FACTS not in own:
             missing.append(prefix + _FACTS)
             return
-        self.seed, self.seen, self.draws, self.filled, raw = own.pop(_FACTS).tolist()
+        self.seed, self.seen, self.drawn, self.filled, raw = own.pop(_FACTS).tolist()
         self.is_raw = bool(raw)
         book = {name: own.pop(name) for name in list(own) if name.startswith("book_")}
         self.take_up({name[5:]: value for name, value in book.items()})
@@ -317,13 +357,16 @@ def _bytes(values: Mapping[str, Tensor]) -> int:
     return sum(value.numel() * value.element_size() for value in values.values())
 
 
-def _last_of_each(slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that stay and their slots: none for -1, and of several rows in one slot the last."""
-    rows = np.flatnonzero(slots >= 0)
+def _last_of_each(rows: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of several rows in one slot the last; returns rows and their slots."""
     if len(rows) > 1:
         _, first = np.unique(slots[rows][::-1], return_index=True)
         rows = np.sort(rows[len(rows) - 1 - first])
     return rows, slots[rows]
+
+
+def _own(value: Tensor) -> Tensor:
+    return value
 
 
 def _padded(value: Tensor, shape: torch.Size) -> Tensor:

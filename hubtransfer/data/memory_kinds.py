@@ -119,12 +119,12 @@ class GradientBased(MemoryConfig):
 
 class _Reservoir(Memory):
     def choose(self, count: int, labels: Tensor, task: int, kept: Mapping[str, Tensor]) -> np.ndarray:
-        slots = np.arange(self.seen, self.seen + count)
-        free = min(max(self.size - self.seen, 0), count)
-        if free < count:
-            before = slots[free:]  # the example's number: so many were seen before it
-            drawn = self.random("add", self.seen).integers(0, before + 1)
-            slots[free:] = np.where(drawn < self.size, drawn, -1)
+        numbers = np.arange(self.seen, self.seen + count)  # of the examples: so many were seen before each
+        random = self.uniform(count)
+        slots = (random * (numbers + 1)).astype(np.int64)  # uniform on 0 ... number, the example itself included
+        slots[slots >= self.size] = -1
+        if self.seen < self.size:
+            slots = np.where(numbers < self.size, numbers, slots)
         self.filled = min(self.size, self.seen + count)
         return slots
 
@@ -211,7 +211,7 @@ class _ClassBalanced(_Grouped):
         self.was_largest: set[int] = set()
 
     def choose(self, count: int, labels: Tensor, task: int, kept: Mapping[str, Tensor]) -> np.ndarray:
-        random, slots = self.random("add", self.seen), np.full(count, -1)
+        random, slots = self.numpy_random(), np.full(count, -1)
         for row, label in enumerate(labels.reshape(count, -1)[:, 0].tolist()):
             own = self.slots_of.setdefault(label, [])
             self.seen_of[label] = self.seen_of.get(label, 0) + 1
@@ -253,7 +253,7 @@ class _GradientBased(Memory):
         scores = kept["score"].double().cpu().numpy()
         before = self._columns().get("kept_score")
         held = np.zeros(self.size) if before is None else before.double().cpu().numpy().copy()
-        random, slots = self.random("add", self.seen), np.full(count, -1)
+        random, slots = self.numpy_random(), np.full(count, -1)
         for row, score in enumerate(scores):
             if self.filled < self.size:
                 slots[row] = self.filled

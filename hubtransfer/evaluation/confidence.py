@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from scipy.stats import t
+from scipy.special import stdtrit
 
 
 class Interval(NamedTuple):
@@ -57,5 +57,5 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     if count == 1:
         return Interval(mean, None, None, 1)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    half = float(t.ppf((1 + level) / 2, count - 1)) * deviation / math.sqrt(count)
+    half = float(stdtrit(count - 1, (1 + level) / 2)) * deviation / math.sqrt(count)
     return Interval(mean, half, deviation, count)

@@ -62,6 +62,10 @@ class ReplayMethod(ContinualMethod):
         """Returns examples of the memory for a step on a batch, or `None` while it has none."""
         return self.memory.draw(self.config.replay_batch or len(batch))
 
+    def draws(self, batch: Batch, times: int) -> list[Replay] | list[None]:
+        """Returns several independent draws."""
+        return self.memory.draws(self.config.replay_batch or len(batch), times)
+
     def remember(self, batch: Batch, **kept: Tensor) -> None:
         """Offers the examples of a batch to the memory."""
         self.memory.add(batch, task=self.number, labels=self.labels(batch), **kept)

@@ -190,6 +190,12 @@ class ClassificationHead(HeadConfig):
         self._check_form(labels, len(logits))
         if labels.is_floating_point():
             return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        if labels.device.type == "cpu" and len(labels) and int(labels.min()) >= 0:  # a GPU would have to be waited for
+            try:
+                return F.cross_entropy(logits, labels.long(), label_smoothing=self.label_smoothing)
+            except IndexError:
+                self.check(labels)
+                raise
         known = known_classes(labels)
         labels = labels.long().masked_fill(~known, MISSING_CLASS)
         try:

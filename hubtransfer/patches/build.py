@@ -2,13 +2,11 @@
 
 import dataclasses
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import peft
-
 from hubtransfer.patches.patch import PATCHES, ComposedPatch, Patch, PatchConfig
-from hubtransfer.patches.peft import PeftPatch, peft_from_dict, peft_to_dict
 
 if TYPE_CHECKING:
     from hubtransfer.backbones import Backbone
@@ -47,12 +45,20 @@ def build_patch(config: Any, backbone: "Backbone") -> Patch:
 def _build_one(config: Any, backbone: "Backbone", dim: int) -> Patch:
     if isinstance(config, PatchConfig):
         return config.build(backbone, dim)
-    if isinstance(config, peft.PeftConfig):
+    if is_of_peft(config):
+        from hubtransfer.patches.peft import PeftPatch
+
         return PeftPatch(config, backbone)
     raise TypeError(
         f"a patch is described by one of {', '.join(c.__name__ for c in PATCHES.values())}, a peft config or a list "
         f"of them, not by {config!r}."
     )
+
+
+def is_of_peft(config: Any) -> bool:
+    """Whether this is a config of peft. While nobody has imported peft, which takes seconds, there is none."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(config, peft.PeftConfig)
 
 
 def patch_to_dict(config: Any) -> Any:
@@ -61,7 +67,9 @@ def patch_to_dict(config: Any) -> Any:
         return [patch_to_dict(each) for each in config]
     if isinstance(config, PatchConfig):
         return {"kind": config.kind, **{k: _plain(v) for k, v in dataclasses.asdict(config).items()}}
-    if isinstance(config, peft.PeftConfig):
+    if is_of_peft(config):
+        from hubtransfer.patches.peft import peft_to_dict
+
         return peft_to_dict(config)
     raise TypeError(f"not a patch config: {config!r}")
 
@@ -78,6 +86,8 @@ def patch_from_dict(data: Any) -> Any:
         raise ValueError(f"a patch is saved as a mapping with a `kind`, not as {data!r}.")
     kind, values = data["kind"], {k: v for k, v in data.items() if k != "kind"}
     if kind == "peft":
+        from hubtransfer.patches.peft import peft_from_dict
+
         return peft_from_dict(data)
     if kind not in PATCHES:
         raise ValueError(f"unknown patch kind {kind!r}{_nearest(kind, PATCHES)}; there are {', '.join(PATCHES)}, peft.")

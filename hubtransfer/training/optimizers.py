@@ -67,9 +67,13 @@ class Schedule:
         self.name = check_schedule(config.schedule)
         self.optimizer, self.config, self.total = optimizer, config, total
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
+        self._stays = False  # set once, a constant rate needs no further work
 
     def set(self, step: int) -> None:
         """Sets every group's rate to its peak times the schedule's factor at this step."""
+        if self._stays:
+            return
+        self._stays = self.name == "constant" and not self.config.warmup and not self.config.milestones
         factor = rate(
             self.name,
             step,

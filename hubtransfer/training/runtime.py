@@ -248,7 +248,7 @@ class Runtime:
                     self.accelerator.clip_grad_norm_(self._params[group], self.arguments.clip_norm)
                 self.optimizers[group].step()
             for group in update.groups():
-                self.optimizers[group].zero_grad(set_to_none=True)
+                self._forget_gradients(group)
         return terms
 
     def _gradients(self, update: Descend, terms: Terms) -> dict[str, list[Tensor]]:
@@ -312,7 +312,14 @@ class Runtime:
                 torch.nn.utils.clip_grad_norm_(params, self.arguments.clip_norm)
             self.optimizers[group].step()
         for group in gradients:
-            self.optimizers[group].zero_grad(set_to_none=True)
+            self._forget_gradients(group)
+
+    def _forget_gradients(self, group: str) -> None:
+        if self._wrapped is not None and not self._is_light:
+            self.optimizers[group].zero_grad(set_to_none=True)  # Accelerate's, which may have something else to do
+            return
+        for parameter in self._params[group]:  # torch's own zero_grad notes each call for a profiler: 0.05 ms
+            parameter.grad = None
 
     def sgd_state(self, group: str) -> list[SGDState]:
         """Returns, for each parameter of a group, what its next SGD step depends on.

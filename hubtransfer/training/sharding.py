@@ -1,16 +1,17 @@
 """State of methods whose parameters are sharded over processes (FSDP 2), always exchanged whole and on the CPU."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Says whether the parameters are spread over processes (between steps they may be whole for a while)."""
-    return any(isinstance(inner, FSDPModule) for inner in module.modules())
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # while nobody has imported it, which takes a second, nothing is
+    return fsdp is not None and any(isinstance(inner, fsdp.FSDPModule) for inner in module.modules())
 
 
 def method_state(method: nn.Module) -> dict[str, Any]:

@@ -53,6 +53,6 @@ class DERPlusPlus(DER, name="der_plus_plus", config=DERPlusPlusConfig):
 
     def loss(self, batch: Batch) -> Terms:
         """Returns the batch's loss `labels` and, once there is a memory, `logits` and `replay`."""
-        own, dark, labelled = self.run(batch, self.draw(batch), self.draw(batch))
+        own, dark, labelled = self.run(batch, *self.draws(batch, 2))
         terms = self.current_loss(batch, own) | self.dark(dark)
         return terms | ({"replay": self.config.beta * self.loss_of(labelled)} if labelled else {})

@@ -21,14 +21,14 @@ def example(dtype=torch.float32, seed=0, n=24):
 
 def watch_draws(method):
     """Returns a list that will hold the slots of each draw."""
-    slots, original = [], method.memory.draw
+    slots, original = [], method.memory.draws
 
-    def draw(count):
-        replay = original(count)
-        slots.append(None if replay is None else replay.slots)
-        return replay
+    def draws(count, times):
+        found = original(count, times)
+        slots.extend(None if replay is None else replay.slots for replay in found)
+        return found
 
-    method.memory.draw = draw
+    method.memory.draws = draws
     return slots
 
 
