@@ -45,8 +45,9 @@ class Ensemble(Method, name="ensemble", config=EnsembleConfig, scenario=MultiTas
     .. math:: z^t = \frac{1}{M} \sum_m h^t_m(f^t_m(x)), \qquad L = \sum_t \sum_m L_t\big(h^t_m(f^t_m(x))\big)
 
     with networks f (batch, dim) and linear heads h. A task's first network starts from the model's trunk and head; the
-    others start from fresh random weights if the trunk did, and else from the same trunk with a fresh head. In the end
-    the heads of a task become one that reads all its networks' features, (batch, M dim), with the same logits.
+    others start from fresh random weights if the trunk did, and else from the same trunk with a fresh head. After every
+    step the heads of a task make up the model's, which reads all its networks' features, (batch, M dim), and gives the
+    same logits.
 
     The paper compares cross-stitch networks for two tasks with an ensemble of two one-task networks for each, which has
     as many parameters for one task as they have for both.
@@ -88,8 +89,9 @@ class Ensemble(Method, name="ensemble", config=EnsembleConfig, scenario=MultiTas
             self.heads.append(nn.ModuleList([copy.deepcopy(head), *(one.to(head.weight) for one in fresh)]))
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """One group: all networks and their heads."""
-        return {"networks": [*self.model.backbone.parameters(), *self.heads.parameters()]}
+        """One group: all networks and their heads, and the model's heads, which have no gradient but follow these."""
+        joined = [p for task in self.tasks for p in self.model.heads[task].parameters()]
+        return {"networks": [*self.model.backbone.parameters(), *self.heads.parameters(), *joined]}
 
     def members(self, task: str) -> list[tuple[Backbone, LinearHead]]:
         """Returns a task's networks with their heads."""
@@ -121,17 +123,19 @@ class Ensemble(Method, name="ensemble", config=EnsembleConfig, scenario=MultiTas
     def stages(self, scenario: MultiTask) -> Iterator[Stage]:
         """One stage."""
         data = task_streams(scenario, self.tasks, "Ensemble")
-        descend = Descend(self.loss, trains="networks")
-        yield Stage("independent", data, [descend], enter=self._part, exit=self._join)
+        descend = Descend(self.loss, trains="networks", after=self._join)
+        yield Stage("independent", data, [descend], enter=self._part)
 
     def _part(self, runtime: Runtime) -> None:
         self.model.grow("towers", tasks=list(self.tasks), members=self.config.members)
         for task in self.tasks:
             for network, _ in self.members(task)[1:]:
                 _start_afresh(network)
+        self._join()
 
     @torch.no_grad()
-    def _join(self, runtime: Runtime) -> None:
+    def _join(self, batch: AnyBatch = None) -> None:
+        """Writes the heads into the model's: it may be saved after any step."""
         for task in self.tasks:
             joined, heads = self.model.heads[task], [head for _, head in self.members(task)]
             assert isinstance(joined, LinearHead)

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from hubtransfer.data import Mixing, MultiTask
 from hubtransfer.methods.multitask.ensemble import Ensemble
 from hubtransfer.models import ClassificationHead, DenseHead, TransferModel
-from tests.methods.steps import batches, begin, changed, clone, run, snapshot
+from hubtransfer.training import Trainer
+from tests.methods.steps import batches, begin, changed, clone, run, settings, snapshot
 from tests.tiny import tiny_backbone, tiny_data
 
 
@@ -76,6 +77,21 @@ def test_the_models_logits_are_the_mean_of_its_networks():
         expected = (logits[0] + logits[1]) / 2
         torch.testing.assert_close(method.model(**batch.inputs, task=task).logits, expected)
         torch.testing.assert_close(method.predict(batch, task), expected)
+
+
+def test_the_best_model_is_saved_with_its_trained_heads(tmp_path):
+    """Saved in the middle of the run, `best` predicts as well as the run said."""
+    torch.manual_seed(0)
+    data = scenario()
+    options = {"output_dir": str(tmp_path), "steps": None, "epochs": 4, "lr": 0.5, "weight_decay": 0.1}
+    watch = {"evaluate": "epoch", "best_metric": "left/accuracy", "save": "epoch"}
+    trainer = Trainer(Ensemble(model_of()), data, settings(**options, **watch))
+    trainer.train()
+    best = TransferModel.from_pretrained(tmp_path / "best", backbone=model_of().backbone).eval()
+    guesses = best(data.train["pixel_values"], task="left").logits.argmax(1)
+    right = (guesses == data.train["left"]).double().mean().item()
+    assert right == pytest.approx(trainer.cursor.best)
+    assert right > 0.5  # of three classes
 
 
 @pytest.mark.parametrize("mixing", [None, Mixing(), Mixing(batches="mixed")])
