@@ -107,5 +107,18 @@ def _mixed(model: TransferModel, tasks: Sequence[str], streams: Mapping[str, Bat
             assert isinstance(labels, torch.Tensor) and share is not None
             terms[t] = share * model.loss(model.logits(own, t, inputs=streams[t].inputs), labels, t)
             start += len(streams[t])
-    nothing = 0 * next(iter(terms.values()))  # the same terms on every process, whoever has examples of which task
+    return on_every_process(terms, tasks, streams)
+
+
+def on_every_process(terms: Terms, tasks: Sequence[str], batch: AnyBatch) -> Terms:
+    """Returns the same terms on every process, whoever has examples of which task.
+
+    Args:
+        terms: Those of the tasks that this process has examples of.
+        tasks: All tasks.
+        batch: What they came from: in a step that mixes tasks the others have a loss of zero, else no term.
+    """
+    if isinstance(batch, Batch) or all(own.share is None for own in batch.values()):
+        return terms
+    nothing = 0 * next(iter(terms.values()))
     return {t: terms.get(t, nothing) for t in tasks}

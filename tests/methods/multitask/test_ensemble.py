@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hubtransfer.data import Mixing, MultiTask
+from hubtransfer.data import Batch, Mixing, MultiTask
 from hubtransfer.methods.multitask.ensemble import Ensemble
 from hubtransfer.models import ClassificationHead, DenseHead, TransferModel
 from hubtransfer.training import Trainer
@@ -103,6 +103,18 @@ def test_tasks_may_have_data_of_their_own(mixing):
     runtime.end()
     run(method, MultiTask(data, evaluation=data, mixing=mixing), steps=8, evaluate="stage")
     assert changed(before, method.model.backbone) == set(before)
+
+
+def test_in_a_step_that_mixes_tasks_an_absent_task_has_a_loss_of_zero():
+    """Every process then has the same terms; one may have drawn no example of a task."""
+    method = Ensemble(model_of())
+    left = tiny_data(4, 3)
+    begin(method, scenario())
+    only = Batch(inputs={"pixel_values": left["pixel_values"]}, labels=left["labels"])
+    mixed = method.loss({"left": only.replace(share=0.5)})
+    assert list(mixed) == ["left", "right"]
+    assert mixed["right"].item() == 0 < mixed["left"].item()
+    assert list(method.loss({"left": only})) == ["left"]  # the tasks take turns: all processes have this one
 
 
 def test_mistakes_are_named():
