@@ -21,7 +21,7 @@ class UncertaintyConfig:
 
     Attributes:
         initial: Value that every log variance starts from.
-        lowest: Log variance below which a task's weight rises no further.
+        lowest: Value that no log variance falls below.
     """
 
     initial: float = 0.0
@@ -52,8 +52,8 @@ class Uncertainty(MultiTaskMethod, name="uncertainty", config=UncertaintyConfig)
         model: A model with a head for every task.
         tasks: Names of the tasks that learn together (default: all of the model's).
 
-    Differs from the paper: a weight is at most :math:`c_t e^{10}` (`lowest`), as a loss of zero or less has no minimum
-    in s. The authors' notebook has twice these terms, other implementations 1/2 for every kind; this is the paper.
+    Differs from the paper: log variances stay at or above `lowest`, so a weight is at most :math:`c_t e^{10}`, as a loss
+    of zero or less has no minimum in s. The authors' notebook has twice these terms, other implementations 1/2 for every kind; this is the paper.
     A task without labels in a batch adds nothing there, and its log variance stays.
 
     Source: https://arxiv.org/abs/1705.07115, equations 7 and 10, and the logarithm of section 3.2.
@@ -82,7 +82,7 @@ class Uncertainty(MultiTaskMethod, name="uncertainty", config=UncertaintyConfig)
         """Returns the factor of a task's loss, a scalar."""
         head = self.model.tasks[task].head
         factor = 0.5 if head is not None and head.kind == "regression" else 1.0
-        return factor * torch.exp(-self.log_variance[task].clamp(min=self.config.lowest))
+        return factor * torch.exp(-self.log_variance[task])
 
     def groups(self) -> Mapping[str, list[nn.Parameter]]:
         """Two groups: the model, and the log variances."""
@@ -99,8 +99,15 @@ class Uncertainty(MultiTaskMethod, name="uncertainty", config=UncertaintyConfig)
             for task, loss in losses.items()
         }
 
+    @torch.no_grad()
+    def bound(self, batch: AnyBatch) -> None:
+        """Keeps the log variances themselves in bounds: beyond, a task whose loss rises again could not get back."""
+        for s in self.log_variance.values():
+            s.clamp_(min=self.config.lowest)
+
     def stages(self, scenario: MultiTask) -> Iterator[Stage]:
         """One stage."""
         data = task_streams(scenario, self.tasks, "Uncertainty")
         undecayed = {"log_variance": OptimizerConfig(weight_decay=0.0)}
-        yield Stage("train", data, [Descend(self.loss, trains=("model", "log_variance"))], optimizers=undecayed)
+        descend = Descend(self.loss, trains=("model", "log_variance"), after=self.bound)
+        yield Stage("train", data, [descend], optimizers=undecayed)

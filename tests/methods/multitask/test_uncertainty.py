@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from hubtransfer.data import Mixing, MultiTask
 from hubtransfer.methods.multitask.uncertainty import Uncertainty
+from hubtransfer.training import Callback, Trainer
 from tests.methods.multitask.tasks import batch_of, model_with, scenario, shared_data, two_headed
-from tests.methods.steps import assert_same_parameters, batches, changed, clone, run, snapshot
+from tests.methods.steps import assert_same_parameters, batches, begin, changed, clone, run, settings, snapshot
 from tests.tiny import tiny_data
 
 KINDS = ("left", "size", "map")
@@ -58,12 +59,27 @@ def test_the_minimum_has_the_closed_form(task, factor, monkeypatch):
     assert factor > 0.5 or lowest < 0.5  # the smaller the loss, the lower: below zero in the end
 
 
-def test_the_total_may_be_negative():
-    """At s = -3 a perfect task's term is about -1.5: training goes on."""
-    method = Uncertainty(two_headed(), initial=-9.0)
-    for head in method.model.heads.values():
-        head.weight.data.mul_(1e-3)
-    run(method, scenario(), lr=1e-6)
+class Totals(Callback):
+    """Keeps the total of every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, trainer, row):
+        self.seen.append(sum(row["losses"].values()))
+
+
+def test_the_total_may_be_negative(tmp_path):
+    """A perfect regression: L = 0 and stays so, the term is s / 2, and s falls by half the rate, 0.025, a step."""
+    model = model_with(("size",), torch.float64)
+    for parameter in model.heads["size"].parameters():
+        parameter.data.zero_()
+    data = {"pixel_values": shared_data(dtype=torch.float64)["pixel_values"], "size": torch.zeros(24).double()}
+    totals = Totals()
+    arguments = settings(output_dir=str(tmp_path), logging_steps=1)
+    method = Uncertainty(model, initial=-3.0).double()
+    Trainer(method, MultiTask(train=data, labels={"size": "size"}), arguments, callbacks=[totals]).train()
+    assert totals.seen == pytest.approx([-1.5, -1.5125, -1.525])
 
 
 def test_steps_equal_a_plain_loop():
@@ -90,18 +106,34 @@ def test_steps_equal_a_plain_loop():
         torch.testing.assert_close(method.log_variance[task], logs[task])
 
 
+def stepper(method, batch, rate=0.05):
+    """The trainer's step on the log variances alone."""
+    runtime, stage = begin(method, scenario(), groups={"log_variance": {"lr": rate}})
+    return lambda: stage.updates[0].apply(batch, runtime)
+
+
 @pytest.mark.parametrize("loss", [0.0, -0.5])
 def test_a_loss_of_zero_or_below_is_bounded(loss, monkeypatch):
-    """It has no minimum in s: the log variance falls, but the weight never rises above exp(10)."""
-    method, batch = with_losses({"left": loss}, monkeypatch)
-    s = method.log_variance["left"]
-    for _ in range(100):
-        s.grad = None
-        method.loss(batch)["left"].backward()
-        s.data -= s.grad.clamp(-1, 1)
-    assert s.item() < -20
+    """It has no minimum in s: the log variance falls as far as it may, and the weight rises to exp(10)."""
+    method, batch = with_losses({"left": loss, "right": 1.0}, monkeypatch)
+    step = stepper(method, batch, rate=1.0)
+    for _ in range(40):
+        step()
+    assert method.log_variance["left"].item() == -10
     assert method.weight("left").item() == pytest.approx(math.exp(10))
-    assert method.loss(batch)["left"].isfinite()
+    assert method.loss(batch)["left"].item() == pytest.approx(loss * math.exp(10) - 5)
+
+
+def test_a_task_that_gets_worse_again_loses_its_weight(monkeypatch):
+    """From the lowest s, with a loss of 1: one step adds rate * (exp(10) - 1/2), here half of what s fell."""
+    method, batch = with_losses({"left": 0.0, "right": 1.0}, monkeypatch)
+    step = stepper(method, batch, rate=1.0)
+    for _ in range(40):
+        step()
+    values = {"left": torch.tensor(1.0).double(), "right": torch.tensor(1.0).double()}
+    monkeypatch.setattr("hubtransfer.methods.multitask.uncertainty.task_losses", lambda *args: values)
+    stepper(method, batch, rate=5 / (math.exp(10) - 0.5))()
+    assert method.log_variance["left"].item() == pytest.approx(-5)
 
 
 @pytest.mark.parametrize("mixing", [None, Mixing(), Mixing(batches="mixed")])
