@@ -25,6 +25,7 @@ def known_classes(labels: Tensor) -> Tensor:
     """
     if labels.is_floating_point():
         return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    labels = labels.long()  # in bytes -1 would be 255, and -100 would be 156
     return (labels != MISSING_CLASS) & (labels != -1)
 
 
@@ -52,4 +53,5 @@ def known_pixels(labels: Tensor) -> Tensor:
     >>> known_pixels(torch.tensor([3, 255, -100, -1])).tolist()
     [True, False, False, False]
     """
+    labels = labels.long()  # in bytes -100 would be 156
     return (labels != MISSING_CLASS) & (labels != -1) & (labels != VOID_PIXEL)
