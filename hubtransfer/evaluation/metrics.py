@@ -73,7 +73,9 @@ def evaluate_outputs(kind: str, logits: Tensor, labels: Tensor, names: Sequence[
 def first_metric(kind: str, logits: Tensor, labels: Tensor, names: Sequence[str] | None = None) -> Evaluation:
     """The first metric of :func:`evaluate_outputs` alone, quick where it can be: for matrices of many tasks."""
     if kind == "classification" and logits.ndim == 2 and len(logits) == len(labels) > 0:
-        return Evaluation({"accuracy": accuracy(logits, _class_numbers(labels, logits))})
+        labels = _class_numbers(labels, logits)
+        known = _some(known_classes(labels), "classification: no example has a label")
+        return Evaluation({"accuracy": accuracy(logits[known], labels[known])})
     name, value = next(iter(evaluate_outputs(kind, logits, labels, names).metrics.items()))
     return Evaluation({name: value})
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from hubtransfer.evaluation import evaluate_outputs, evaluates, mean_interval
+from hubtransfer.evaluation import evaluate_outputs, evaluates, first_metric, mean_interval
 from hubtransfer.evaluation.metrics import average_precision, calibration_error, reliability, top_k_accuracy
 
 NAN = math.nan
@@ -163,6 +163,15 @@ def test_examples_without_a_label_count_nowhere(kind, missing):
     assert found.metrics == pytest.approx(kept.metrics)
     for one, two in zip(found.tables["per_class"], kept.tables["per_class"]):
         assert one == pytest.approx(two)
+
+
+def test_the_first_metric_alone_leaves_out_the_same_examples():
+    # rows 0 and 3 are right and row 1 is wrong; rows 2 and 4 have no label
+    logits = torch.eye(3)[[0, 1, 2, 2, 0]]
+    found = first_metric("classification", logits, torch.tensor([0, 2, -1, 2, -100]))
+    assert found.metrics == {"accuracy": pytest.approx(2 / 3)}
+    with pytest.raises(ValueError, match="no example has a label"):
+        first_metric("classification", logits, torch.full((5,), -100))
 
 
 def test_values_missing_one_by_one():
