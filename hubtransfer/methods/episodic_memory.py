@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hubtransfer.data import Loader, MemoryConfig
+from hubtransfer.data import Batch, Loader, MemoryConfig
 from hubtransfer.methods.continual_method import ContinualMethod
 from hubtransfer.models import TransferModel
 
@@ -37,15 +37,28 @@ class EpisodicMemory(ContinualMethod):
     @torch.no_grad()
     def after_task(self, item: Any, runtime: "Runtime") -> None:
         """Offers the memory as many random examples of the task as it has room for, the same on all processes."""
-        source = item.train_source if item.train_source.augment is None else replace(item.train_source, augment=None)
-        size = self.memory.size
-        # One batch of a random order: `batch_size` is all that decides which examples these are.
-        loader = Loader(
-            source,
-            processor=self.model.processor,
-            batch_size=size,
-            seed=runtime.arguments.seed,
-            device=runtime.device,
-        )
-        batch = next(iter(loader.batches(0)))
+        batch = random_examples(self, item, runtime, self.memory.size)
         self.memory.add(batch, task=self.number, labels=self.labels(batch), same=True)
+
+
+def random_examples(method: ContinualMethod, item: Any, runtime: "Runtime", count: int) -> Batch:
+    """Returns random examples of an item of a stream, not augmented, the same on all processes.
+
+    Args:
+        method: Whose model reads them.
+        item: The item.
+        runtime: Where it runs.
+        count: How many; all of a smaller training set.
+    """
+    source = item.train_source if item.train_source.augment is None else replace(item.train_source, augment=None)
+    # One batch of a random order: `batch_size` is all that decides which examples these are.
+    loader = Loader(
+        source,
+        processor=method.model.processor,
+        batch_size=count,
+        seed=runtime.arguments.seed,
+        device=runtime.device,
+    )
+    batch = next(iter(loader.batches(0)))
+    assert isinstance(batch, Batch)
+    return batch
