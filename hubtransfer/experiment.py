@@ -225,8 +225,8 @@ def _run_cell(cell: Cell, folder: Path, fresh: bool) -> dict[str, Any]:
 
 
 def _named(record: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
-    """A cell's record under the name that the grid gives it now."""
-    plain = {key: value for key, value in record.items() if key != "name"}
+    """A cell's record under the name and with the overrides that the grid gives it now; its numbers are the same."""
+    plain = {key: value for key, value in record.items() if key != "name"} | {"overrides": dict(cell.overrides)}
     return plain if cell.name is None else plain | {"name": cell.name}
 
 

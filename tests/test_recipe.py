@@ -306,6 +306,10 @@ def test_an_alternative_may_have_a_name(tmp_path: Path) -> None:
     lines: list[str] = []
     (record,) = experiment.run(write(tmp_path, grid=grid[:1]), say=lines.append)
     assert record["name"] == "linear" and "finished earlier" in lines[0]
+    grid[0]["data.limit"] = DATA["limit"]  # what the recipe says anyway, so the same run in another place of the grid
+    (record,) = experiment.run(write(tmp_path, grid=grid[:1]), say=lines.append)
+    assert record["overrides"] == {"method.trains": "head", "data.limit": 24}
+    assert sum("finished earlier" in line for line in lines) == 2
 
 
 def test_finished_cells_are_kept_and_skipped(tmp_path: Path) -> None:
