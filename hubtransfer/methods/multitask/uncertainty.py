@@ -52,8 +52,9 @@ class Uncertainty(MultiTaskMethod, name="uncertainty", config=UncertaintyConfig)
         model: A model with a head for every task.
         tasks: Names of the tasks that learn together (default: all of the model's).
 
-    Differs from the paper: log variances stay at or above `lowest`, so a weight is at most :math:`c_t e^{10}`, as a loss
-    of zero or less has no minimum in s. The authors' notebook has twice these terms, other implementations 1/2 for every kind; this is the paper.
+    Differs from the paper: log variances stay at or above `lowest`, so a weight is at most :math:`c_t e^{10}`, as a
+    loss of zero or less has no minimum in s. The authors' notebook has twice these terms, other implementations 1/2 for
+    every kind; this is the paper.
     A task without labels in a batch adds nothing there, and its log variance stays.
 
     Source: https://arxiv.org/abs/1705.07115, equations 7 and 10, and the logarithm of section 3.2.
