@@ -21,12 +21,13 @@ class CrossStitchConfig:
     """Hyper-parameters of `CrossStitch`.
 
     Attributes:
-        layers: Layers of the network after which units stand; by default all of `Backbone.layers`.
+        layers: Layers of the network after which units stand; by default all of `Backbone.layers`, or those of a model
+            that is stitched already.
         same: A unit's alpha for the task's own network at first (alpha_S).
         different: For all other networks together (alpha_D).
         unit_lr: Factor on the learning rate for the units.
         single_task_epochs: Epochs in which each network learns its own task alone, before units mix them; 0 starts
-            from the model as it is, such as one made by `stitched_model` from trained ones.
+            from the model as it is, such as one made by `stitched_model` from trained ones: its units keep their alpha.
     """
 
     layers: tuple[str, ...] | None = None
@@ -61,6 +62,9 @@ class CrossStitch(Method, name="cross_stitch", config=CrossStitchConfig, scenari
             networks of its own for them already.
         tasks: Names of the tasks (default: all of the model's).
 
+    Raises:
+        ValueError: for one task alone, or a model that is stitched after other layers already.
+
     Differs from the paper: any number of tasks, which share alpha_D; the networks may still learn while they are apart
     (``single_task_epochs``), which the paper does beforehand; units stand where a person says, not after poolings.
 
@@ -84,13 +88,20 @@ class CrossStitch(Method, name="cross_stitch", config=CrossStitchConfig, scenari
         if len(names) < 2:
             raise ValueError(f"CrossStitch: one task ({names[0]!r}) has nothing to be stitched to; train two or more")
         self.tasks = names
+        layers, there = self.config.layers, model.backbone
+        if layers is not None and isinstance(there, Towers) and set(layers) != set(there.stitched):
+            raise ValueError(
+                f"CrossStitch: units are to stand after {list(layers)}, but the model's networks are stitched after "
+                f"{list(there.stitched)} already; leave layers out, or stitch single-task models after those you want"
+            )
 
     def groups(self) -> dict[str, list[dict[str, Any]]]:
-        """Two groups: the networks with their heads, and the units with their own learning rate."""
+        """Two groups: the networks with their heads, frozen parts excepted, and the units with their own rate."""
         backbone = self.model.backbone
         units = [unit.alpha for unit in backbone.units] if isinstance(backbone, Towers) else []
+        units = [alpha for alpha in units if alpha.requires_grad]
         of_units = set(map(id, units))
-        networks = [p for p in self.model.parameters() if id(p) not in of_units]
+        networks = [p for p in self.model.parameters() if p.requires_grad and id(p) not in of_units]
         return {"networks": [{"params": networks}], "units": [{"params": units, "lr_scale": self.config.unit_lr}]}
 
     def watched(self) -> Mapping[str, Tensor | float]:
@@ -118,7 +129,8 @@ class CrossStitch(Method, name="cross_stitch", config=CrossStitchConfig, scenari
         self._set_units(1.0, 0.0)
 
     def _stitched(self, runtime: Runtime) -> None:
-        self._set_units(self.config.same, self.config.different)
+        if self.config.single_task_epochs or not isinstance(self.model.backbone, Towers):
+            self._set_units(self.config.same, self.config.different)
 
     def _set_units(self, same: float, different: float) -> None:
         model, layers = self.model, self.config.layers

@@ -89,9 +89,13 @@ class Ensemble(Method, name="ensemble", config=EnsembleConfig, scenario=MultiTas
             self.heads.append(nn.ModuleList([copy.deepcopy(head), *(one.to(head.weight) for one in fresh)]))
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """One group: all networks and their heads, and the model's heads, which have no gradient but follow these."""
+        """One group: all networks and their heads, frozen parts excepted.
+
+        The model's heads are in it, too: they have no gradient but follow the networks'.
+        """
         joined = [p for task in self.tasks for p in self.model.heads[task].parameters()]
-        return {"networks": [*self.model.backbone.parameters(), *self.heads.parameters(), *joined]}
+        everything = [*self.model.backbone.parameters(), *self.heads.parameters(), *joined]
+        return {"networks": [p for p in everything if p.requires_grad]}
 
     def members(self, task: str) -> list[tuple[Backbone, LinearHead]]:
         """Returns a task's networks with their heads."""

@@ -86,7 +86,8 @@ def test_apart_each_network_learns_as_if_it_were_alone():
 def test_the_second_stage_starts_at_the_papers_alpha():
     method = CrossStitch(model_of(), single_task_epochs=1)
     data = scenario()
-    begin(method, data, stage=0)
+    runtime, _ = begin(method, data, stage=0)
+    runtime.end()
     before = snapshot(method.model)
     _, stage = begin(method, data, stage=1)
     assert stage.name == "stitched"
@@ -111,6 +112,28 @@ def test_it_starts_from_trained_networks():
     for k, single in enumerate(singles.values()):
         own = method.model.backbone.trunk.towers[k].state_dict()
         assert all(torch.equal(own[name], value) for name, value in single.backbone.state_dict().items())
+
+
+def test_trained_units_go_on_from_where_they_are():
+    method = CrossStitch(model_of(), unit_lr=1000.0)
+    run(method, scenario())
+    trained = [unit.alpha.detach().clone() for unit in method.model.backbone.units]
+    assert all((alpha[0, 1] - 0.1).abs().max() > 0.01 for alpha in trained)
+    begin(CrossStitch(method.model), scenario())
+    assert all(torch.equal(unit.alpha, alpha) for unit, alpha in zip(method.model.backbone.units, trained))
+    begin(CrossStitch(method.model, single_task_epochs=1), scenario(), stage=1)  # here networks were apart before
+    assert all(torch.allclose(unit.alpha[0, 1], torch.tensor(0.1)) for unit in method.model.backbone.units)
+
+
+def test_frozen_parts_stay_as_they_are():
+    model = model_of()
+    model.backbone.trunk.stem.requires_grad_(False)
+    stem = model.backbone.trunk.stem.weight.detach().clone()
+    method = CrossStitch(model)
+    run(method, scenario())
+    for tower in method.model.backbone.trunk.towers:
+        assert torch.equal(tower.trunk.stem.weight, stem)
+        assert not torch.equal(tower.trunk.block.weight, model_of().backbone.trunk.block.weight)
 
 
 @pytest.mark.parametrize("mixing", [None, Mixing(), Mixing(batches="mixed")])
@@ -139,3 +162,6 @@ def test_mistakes_are_named():
         CrossStitch(model_of(), unit_lr=0)
     with pytest.raises(ValueError, match="no layer 'act9'"):
         run(CrossStitch(model_of(), layers=("act9",)), scenario())
+    singles = {task: tiny_model(3, task, seed=k) for k, task in enumerate(("left", "right"))}
+    with pytest.raises(ValueError, match=r"after \['act2'\], but .* stitched after \['act1'\] already"):
+        CrossStitch(stitched_model(singles, ["act1"]), layers=("act2",))

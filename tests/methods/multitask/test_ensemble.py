@@ -105,6 +105,18 @@ def test_tasks_may_have_data_of_their_own(mixing):
     assert changed(before, method.model.backbone) == set(before)
 
 
+def test_frozen_parts_stay_as_they_are():
+    model = model_of()
+    model.backbone.trunk.stem.requires_grad_(False)
+    method = Ensemble(model)
+    runtime, stage = begin(method, scenario())
+    before = snapshot(method.model.backbone)
+    stage.updates[0].apply(batches(scenario().train_source, 1)[0], runtime)
+    frozen = {name for name in before if ".stem." in name}
+    assert frozen
+    assert changed(before, method.model.backbone) == set(before) - frozen
+
+
 def test_in_a_step_that_mixes_tasks_an_absent_task_has_a_loss_of_zero():
     """Every process then has the same terms; one may have drawn no example of a task."""
     method = Ensemble(model_of())
