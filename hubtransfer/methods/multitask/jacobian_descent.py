@@ -93,7 +93,24 @@ class JacobianDescent(Balancing, name="jacobian_descent", config=JacobianDescent
         self.rule = GramianRule(aggregator) if by_gram else JacobianRule(aggregator)
 
     def combine(self, gradients: TaskGradients) -> Mapping[str, Gradients]:
-        """The aggregator's combination for the trunk, plain gradients for the heads."""
+        """The aggregator's combination for the trunk, plain gradients for the heads.
+
+        Raises:
+            ValueError: if the aggregator cannot do without the tasks that have no label in this batch.
+        """
+        absent = [repr(task) for task, there in zip(self.tasks, gradients.labelled.tolist()) if not there]
+        try:
+            return self._combined(gradients)
+        except (ValueError, RuntimeError) as error:
+            if not absent:
+                raise
+            raise ValueError(
+                f"JacobianDescent: {', '.join(absent)} has no label in this batch, and aggregator "
+                f"{self.config.aggregator!r} with options {dict(self.config.options)} cannot combine the others alone: "
+                f"{error}. Take larger batches, or options that do not depend on the number of tasks"
+            ) from error
+
+    def _combined(self, gradients: TaskGradients) -> Mapping[str, Gradients]:
         own = gradients.own()
         if isinstance(self.rule, GramianRule):
             weights = gradients.agreed(over_labelled(self.rule.weights, gradients.gram(), gradients))

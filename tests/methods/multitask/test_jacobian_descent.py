@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hubtransfer.data import MultiTask
 from hubtransfer.methods.multitask.jacobian_descent import GramianRule, JacobianDescent, JacobianRule, make_aggregator
-from tests.methods.multitask.tasks import flat_gradient, model_with, scenario, two_headed
-from tests.methods.steps import assert_same_parameters, batches, changed, clone, run, snapshot
+from tests.methods.multitask.tasks import batch_of, flat_gradient, model_with, scenario, shared_data, two_headed
+from tests.methods.steps import assert_same_parameters, batches, begin, changed, clone, run, snapshot
 
 
 def example(dtype=torch.float32, seed=0, n=24):
@@ -70,6 +71,21 @@ def test_other_aggregators_train(name, options, kind):
     run(method, scenario(tasks=tasks), steps=2)
     assert {n for n in before if "block" in n} <= changed(before, method.model)
     assert ("weight/left" in method.watched()) == (kind is GramianRule)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("DualProj", {"pref_vector": [1.0, 2.0]}), ("TrimmedMean", {"trim_number": 1})]
+)
+def test_an_aggregator_that_needs_all_tasks_names_the_one_without_a_label(name, options):
+    tasks = ("left", "right") if name == "DualProj" else ("left", "right", "size")
+    data = shared_data(8)
+    data = {"pixel_values": data["pixel_values"], **{task: data[task] for task in tasks}}
+    method = JacobianDescent(model_with(tasks), aggregator=name, options=options)
+    runtime, stage = begin(method, MultiTask(train=data, labels={task: task for task in tasks}))
+    stage.updates[0].apply(batch_of(data), runtime)
+    data["right"] = torch.full((8,), -100)
+    with pytest.raises(ValueError, match=f"'right' has no label in this batch, and aggregator '{name}' with"):
+        stage.updates[0].apply(batch_of(data), runtime)
 
 
 def test_the_mean_is_equal_weighting():
