@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from hubtransfer.backbones import Features, Towers
+from hubtransfer.backbones import Features
 from hubtransfer.data import Batch, MultiTask
 from hubtransfer.functional.gradient_norms import convolution_gradient_norms, worth_it
 from hubtransfer.functional.graphs import convolution_with, leaves_of
@@ -207,12 +207,16 @@ class TaskGradients:
     def _rows(self) -> list[Gradients]:
         """Gradients of the shared parameters and of the patches, by task."""
         params = [*self._shared, *(self._own_params[k] for k in self._in_trunk)]
-        last = len(self._tasks) - 1
-        return [self._pull(k, params, retain_graph=self.one_pass and k < last) for k in range(len(self._tasks))]
+        return [self._pull(k, params, retain_graph=self._read_later(k)) for k in range(len(self._tasks))]
 
     def _pull(self, task: int, params: Sequence[Tensor], retain_graph: bool) -> Gradients:
         outputs, seeds = self._where(task)
         return self._runtime.grad(outputs, params, seeds=seeds, retain_graph=retain_graph)
+
+    def _read_later(self, task: int) -> bool:
+        """Says whether a later task reads the same output of the trunk."""
+        own, *later = self._passes[task:]
+        return own is not None and any(p is not None and p.outputs[0] is own.outputs[0] for p in later)
 
     def _where(self, task: int) -> tuple[list[Tensor], list[Tensor]]:
         """The outputs of the trunk that a task's loss depends on, and its gradients of them."""
@@ -269,21 +273,20 @@ class Balance(Update):
     def losses(self, batch: AnyBatch) -> Any:
         """Returns the tasks' losses, cut off where the heads start.
 
-        The trunk runs once where tasks share inputs and have neither patches nor networks of their own, else once a
-        task.
+        The trunk runs once for the tasks that share inputs, and once more for each with a patch or networks of its own.
         """
         model, tasks = self.method.model, self.method.tasks
-        labelled = self.method.labelled(batch)
-        apart = isinstance(model.backbone, Towers) or any(task in model.patches for task in tasks)
-        if isinstance(batch, Batch) and not apart:
-            layers = dict.fromkeys(layer for task in tasks for layer in model.layers_for(task))
-            features = model.features(batch.inputs, layers=tuple(layers), task=tasks[0])
-            return CutLosses({t: _cut(model, t, batch, features) for t in tasks}, labelled, one_pass=True)
-        own = {
-            t: batch if isinstance(batch, Batch) else batch[t] for t in tasks if isinstance(batch, Batch) or t in batch
-        }
-        passes = {t: _cut(model, t, b, model.features(b.inputs, model.layers_for(t), t)) for t, b in own.items()}
-        return CutLosses(passes, labelled, one_pass=False)
+        passes, own = {}, {}
+        if isinstance(batch, Batch):
+            own = dict.fromkeys(self.method.alone(), batch)
+            if together := [task for task in tasks if task not in own]:
+                layers = dict.fromkeys(layer for task in together for layer in model.layers_for(task))
+                features = model.features(batch.inputs, layers=tuple(layers), task=together[0])
+                passes = {t: _cut(model, t, batch, features) for t in together}
+        else:
+            own = {t: batch[t] for t in tasks if t in batch}
+        passes |= {t: _cut(model, t, b, model.features(b.inputs, model.layers_for(t), t)) for t, b in own.items()}
+        return CutLosses(passes, self.method.labelled(batch), one_pass=not own)
 
 
 class Balancing(MultiTaskMethod):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hubtransfer.backbones import Towers
 from hubtransfer.data import Batch, MultiTask
 from hubtransfer.methods.method import Method
 from hubtransfer.methods.task_losses import shared_and_own, task_names
@@ -44,6 +45,12 @@ class MultiTaskMethod(Method, scenario=MultiTask):
         """
         shared, own = shared_and_own(self.model, self.tasks)
         return [p for p in shared if p.requires_grad], [p for p in own if p.requires_grad]
+
+    def alone(self) -> dict[str, str]:
+        """Returns the tasks that cannot read the same output of the trunk as others, and why."""
+        if isinstance(self.model.backbone, Towers):
+            return dict.fromkeys(self.tasks, "has networks of its own")
+        return {task: "has a patch" for task in self.tasks if task in self.model.patches}
 
     def labelled(self, batch: AnyBatch) -> Tensor:
         """Says which tasks have a label in this batch: bool (tasks,)."""

@@ -73,9 +73,9 @@ def task_losses(model: TransferModel, tasks: Sequence[str], batch: AnyBatch) -> 
     Args:
         model: The model.
         tasks: Which of its tasks.
-        batch: One batch with labels by task (the trunk then runs once, unless tasks have patches), or a batch a task;
-            where tasks take turns, of those whose turn it is: the others have no term, or, in steps that mix tasks, a
-            loss of zero, and the terms add up to the mean over the step's examples.
+        batch: One batch with labels by task (the trunk then runs once, and once more for each task with a patch), or a
+            batch a task; where tasks take turns, of those whose turn it is: the others have no term, or, in steps that
+            mix tasks, a loss of zero, and the terms add up to the mean over the step's examples.
     """
     if not isinstance(batch, Batch):
         if any(batch[t].share is not None for t in batch):
@@ -83,11 +83,13 @@ def task_losses(model: TransferModel, tasks: Sequence[str], batch: AnyBatch) -> 
         return {t: model(**batch[t].inputs, labels=batch[t].labels, task=t).loss for t in tasks if t in batch}
     labels = batch.labels
     assert isinstance(labels, dict), "tasks that share inputs need labels by task"
-    if any(task in model.patches for task in tasks):
-        return {t: model(**batch.inputs, labels=labels[t], task=t).loss for t in tasks}
-    layers = dict.fromkeys(layer for task in tasks for layer in model.layers_for(task))
-    features = model.features(batch.inputs, layers=tuple(layers), task=tasks[0])
-    return {t: model.loss(model.logits(features, t, inputs=batch.inputs), labels[t], t) for t in tasks}
+    together = [task for task in tasks if task not in model.patches]
+    terms: Terms = {}
+    if together:
+        layers = dict.fromkeys(layer for task in together for layer in model.layers_for(task))
+        features = model.features(batch.inputs, layers=tuple(layers), task=together[0])
+        terms = {t: model.loss(model.logits(features, t, inputs=batch.inputs), labels[t], t) for t in together}
+    return {t: terms[t] if t in terms else model(**batch.inputs, labels=labels[t], task=t).loss for t in tasks}
 
 
 def _mixed(model: TransferModel, tasks: Sequence[str], streams: Mapping[str, Batch]) -> Terms:

@@ -108,28 +108,39 @@ def test_norms_at_a_convolution_are_the_same_without_its_gradients(shortcut, mon
         torch.testing.assert_close(found.norms(kernel), torch.stack(lengths))
 
 
-@pytest.mark.parametrize("kind", ["streams", "patches"])
-def test_tasks_that_do_not_share_a_pass_have_their_own_gradients(kind):
+def streams_in(dtype):
+    """The data set of each task, in another precision."""
+    parts = streams().datasets
+    return MultiTask(
+        datasets={t: {k: v.to(dtype) if v.is_floating_point() else v for k, v in d.items()} for t, d in parts.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "tasks", "patched"),
+    [
+        ("streams", ("left", "right"), ()),
+        ("patches", ("left", "right"), ("left", "right")),
+        ("patches", ("left", "right", "size"), ("right",)),
+    ],
+)
+def test_tasks_that_do_not_share_a_pass_have_their_own_gradients(kind, tasks, patched):
     """A data set each, or patches: every row, and every head's and patch's gradient, is that of its own pass."""
-    patches = {} if kind == "streams" else {"left": ScaleBiasConfig(), "right": ScaleBiasConfig()}
-    model = two_headed(**patches).double()
-    data = streams() if kind == "streams" else scenario(dtype=torch.float64)
-    data = MultiTask(datasets={t: {k: v.double() if v.is_floating_point() else v for k, v in d.items()}
-                               for t, d in data.datasets.items()}) if kind == "streams" else data  # fmt: skip
-    found, batch, runtime = seen_by_a_rule(model, data, ("left", "right"))
+    model = model_with(tasks, torch.float64, **{task: ScaleBiasConfig() for task in patched})
+    data = streams_in(torch.float64) if kind == "streams" else scenario(dtype=torch.float64, tasks=tasks)
+    found, batch, runtime = seen_by_a_rule(model, data, tasks)
     shared, own = runtime.params("shared"), runtime.params("heads")
-    parts = {t: batch[t] if kind == "streams" else batch.replace(labels=batch.labels[t]) for t in ("left", "right")}
-    losses = [model(**parts[t].inputs, labels=parts[t].labels, task=t).loss for t in ("left", "right")]
+    parts = {t: batch[t] if kind == "streams" else batch.replace(labels=batch.labels[t]) for t in tasks}
+    losses = [model(**parts[t].inputs, labels=parts[t].labels, task=t).loss for t in tasks]
     rows = torch.stack([flat_gradient(loss, shared) for loss in losses])
     assert not found.one_pass
     with pytest.raises(ValueError, match="cannot be compared"):
         found.feature_gram()
     torch.testing.assert_close(found.gram(), rows @ rows.T)
-    weights = torch.tensor([0.3, 0.7])
+    weights = torch.tensor([0.3, 0.7, 0.2])[: len(tasks)]
     torch.testing.assert_close(torch.cat([g.flatten() for g in found.shared(weights)]), weights.double() @ rows)
-    own_parts = flat_gradient(losses[0] + losses[1], own)
-    torch.testing.assert_close(torch.cat([g.flatten() for g in found.own()]), own_parts)
-    scaled = flat_gradient(0.3 * losses[0] + 0.7 * losses[1], own)
+    torch.testing.assert_close(torch.cat([g.flatten() for g in found.own()]), flat_gradient(sum(losses), own))
+    scaled = flat_gradient(sum(w * loss for w, loss in zip(weights.tolist(), losses)), own)
     torch.testing.assert_close(torch.cat([g.flatten() for g in found.own(weights)]), scaled, atol=1e-7, rtol=1e-6)
 
 
@@ -160,6 +171,19 @@ def test_one_forward_pass_a_step(cls):
     trunk.get_submodule("3").register_forward_hook(lambda module, args, out: masks.append(1))
     stage.updates[0].apply(batches(stage.data, 1)[0], runtime)
     assert (len(forwards), len(masks), int(trunk.get_submodule("1").num_batches_tracked)) == (1, 1, 1)
+
+
+@weighing
+def test_one_patch_does_not_keep_the_other_tasks_from_sharing_a_pass(cls):
+    """Two forward passes for three tasks; the patch has statistics of its own, so the trunk's move once."""
+    model = noisy_model().add_task("third", ClassificationHead(2), patch=ScaleBiasConfig())
+    data = shared_data()
+    data = {"pixel_values": data["pixel_values"], "left": data["left"], "right": data["right"], "third": data["right"]}
+    runtime, stage = begin(cls(model), MultiTask(train=data, labels={t: t for t in ("left", "right", "third")}))
+    forwards, trunk = [], model.backbone.trunk
+    trunk.register_forward_pre_hook(lambda module, args: forwards.append(1))
+    stage.updates[0].apply(batches(stage.data, 1)[0], runtime)
+    assert (len(forwards), int(trunk.get_submodule("1").num_batches_tracked)) == (2, 1)
 
 
 @pytest.mark.parametrize(("name", "passes"), [("mgda_ub", 1), ("grad_norm", 1), ("mgda", 4), ("jacobian_descent", 4)])
@@ -282,15 +306,17 @@ def test_a_partly_frozen_trunk_keeps_its_frozen_part(cls):
 
 
 @balancing
-@pytest.mark.parametrize("kind", ["streams", "left has a patch"])
-def test_tasks_with_their_own_data_or_patches_train(cls, kind, caplog):
-    model = two_headed(**({} if kind == "streams" else {"left": ScaleBiasConfig()}))
+@pytest.mark.parametrize("kind", ["streams", "left has a patch", "towers"])
+def test_tasks_with_their_own_data_patches_or_networks_train(cls, kind, caplog):
+    model = two_headed(**({"left": ScaleBiasConfig()} if kind == "left has a patch" else {}))
+    if kind == "towers":
+        model.grow("towers", tasks=["left", "right"], layers=["act1"])
     before = snapshot(model)
     with caplog.at_level(logging.WARNING):
         run(cls(model), streams() if kind == "streams" else scenario())
     assert {n for n in before if n.startswith("heads")} <= changed(before, model)
-    assert "backbone.trunk.block.weight" in changed(before, model)
-    told = "own data" if kind == "streams" else "'left' has a patch"
+    assert [n for n in changed(before, model) if n.endswith("block.weight")]
+    told = {"streams": "own data", "left has a patch": "'left' has a patch", "towers": "'left' has networks"}[kind]
     assert (told in caplog.text) == (cls.name == "mgda_ub")
 
 

@@ -28,7 +28,7 @@ class MGDAUB(Balancing, name="mgda_ub", config=MGDAConfig):
     :math:`\nabla_Z L_t` is one vector of that many numbers. As :math:`\nabla_\theta L_t = (\partial Z / \partial
     \theta)^\top \nabla_Z L_t`, its norm bounds that of `MGDA` up to a constant; where the Jacobian of Z is invertible
     both have the same stationary points. Heads follow their own gradients. Tasks that do not read the same Z (a data
-    set each, or patches) are balanced as by `MGDA`, one backward pass a task; the log says so.
+    set each, patches, networks of their own) are balanced as by `MGDA`, one backward pass a task; the log says so.
 
     Args:
         model: A model with a head for every task.
@@ -61,14 +61,14 @@ class MGDAUB(Balancing, name="mgda_ub", config=MGDAConfig):
 
     def stages(self, scenario: MultiTask) -> Iterator[Stage]:
         """One stage; where the bound cannot be had, the log says why when it starts."""
-        patched = [task for task in self.tasks if task in self.model.patches]
-        reason = f"task {patched[0]!r} has a patch" if patched else "" if scenario.shared else "each has its own data"
+        reasons = [f"task {task!r} {why}" for task, why in self.alone().items()]
+        reasons += [] if scenario.shared else ["each has its own data"]
 
         def tell(runtime: "Runtime") -> None:
-            if reason and runtime.is_main:
+            if reasons and runtime.is_main:
                 log.warning(
                     "MGDAUB: the tasks do not read the same output of the trunk (%s); they are balanced by their "
-                    "gradients of the trunk's parameters instead, as by MGDA: one backward pass a task", reason
+                    "gradients of the trunk's parameters instead, as by MGDA: one backward pass a task", reasons[0]
                 )  # fmt: skip
 
         for stage in super().stages(scenario):
