@@ -38,6 +38,7 @@ CASES = {
     "resnet10t, 64 px, 8 tasks, batch 32": ("timm/resnet10t", (3, 64, 64), 8, 32, 40),
 }
 EQUAL, BY_HAND = "fixed_weights", "by hand: equal"
+LAST_CONVOLUTION = "layer4.0.conv2"  # of resnet10t, whose last layer by order of definition is the shortcut
 OURS = (EQUAL, "grad_norm", "mgda_ub", "mgda", "jacobian_descent")
 EVERY_ROUND = (BY_HAND, *OURS[:3])
 
@@ -58,7 +59,8 @@ def make(case):
 
 def library(name, model, batch):
     """A step of one of the library's methods, as the Trainer makes it."""
-    method = ht.methods.find(name)(model)
+    residual = name == "grad_norm" and "layer4" in dict(model.backbone.trunk.named_children())
+    method = ht.methods.find(name)(model, **({"layer": LAST_CONVOLUTION} if residual else {}))
     columns = {"pixel_values": batch.inputs["pixel_values"], **batch.labels}
     stage = next(iter(method.stages(ht.MultiTask(train=columns, labels={t: t for t in batch.labels}))))
     with tempfile.TemporaryDirectory() as folder:

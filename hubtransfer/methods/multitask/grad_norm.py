@@ -32,8 +32,8 @@ class GradNormConfig:
         lr: Learning rate of the weights' own Adam.
         initial: Losses that progress is measured from: those of the first step ("measured"), or those of guessing
             ("chance": the logarithm of the number of classes; regression heads are measured all the same).
-        layer: Name, within the trunk, of the layer at whose weight gradients are measured (default: the last one that
-            all tasks depend on).
+        layer: Name, within the trunk, of the layer at whose weight gradients are measured. Default: of those that all
+            tasks depend on, the last by order of definition; in a residual block this may be the shortcut.
         static: Whether the run is only there to find the weights: the model then starts again, with their average.
     """
 
