@@ -11,6 +11,7 @@ from hubtransfer.data import Batch, MemoryConfig, Replay, Reservoir
 from hubtransfer.data.batch import joined_inputs
 from hubtransfer.methods.continual_method import ContinualMethod
 from hubtransfer.models import TransferModel
+from hubtransfer.models.output import TransferModelOutput
 
 MEMORY = Reservoir(200)
 """What rehearsal methods remember unless they are told otherwise."""
@@ -78,9 +79,7 @@ class ReplayMethod(ContinualMethod):
         """
         given = [batch for batch in batches if batch is not None]
         tasks = [self.task_of(batch) for batch in given]
-        every = (
-            [name for task, batch in zip(tasks, given) for name in _each(task, batch)] if _differ(tasks) else tasks[0]
-        )
+        every = _each_name(tasks, given) if _differ(tasks) else tasks[0]
         logits = self.model(**joined_inputs([batch.inputs for batch in given]), task=every).logits
         parts: list[list[Part]] = []
         start = 0
@@ -95,12 +94,17 @@ class ReplayMethod(ContinualMethod):
 
     def loss_together(self, batch: Batch, replay: Replay | None) -> Tensor:
         """Returns the mean loss over the examples of a batch and of a replay."""
-        task = self.task_of(batch)
-        if replay is None or self.task_of(replay) != task:
-            return self.loss_of([part for parts in self.run(batch, replay) for part in parts])
-        inputs = joined_inputs([batch.inputs, replay.inputs])
-        labels = torch.cat([self.labels(batch), self.labels(replay)])
-        return self.model(**inputs, labels=labels, task=task).loss
+        loss = self.output_together(batch, replay).loss
+        assert loss is not None
+        return loss
+
+    def output_together(self, batch: Batch, replay: Replay | None) -> TransferModelOutput:
+        """Returns the model's output, with the mean loss, for the examples of a batch and then of a replay."""
+        given = [batch] if replay is None else [batch, replay]
+        tasks = [self.task_of(one) for one in given]
+        every = _each_name(tasks, given) if _differ(tasks) else tasks[0]
+        labels = torch.cat([self.labels(one) for one in given])
+        return self.model(**joined_inputs([one.inputs for one in given]), labels=labels, task=every)
 
     def loss_of(self, parts: Sequence[Part]) -> Tensor:
         """Returns the mean over the parts' examples of their heads' losses."""
@@ -123,8 +127,9 @@ def _differ(tasks: Sequence[str | list[str]]) -> bool:
     return any(not isinstance(task, str) or task != tasks[0] for task in tasks)
 
 
-def _each(task: str | list[str], batch: Batch) -> list[str]:
-    return [task] * len(batch) if isinstance(task, str) else task
+def _each_name(tasks: Sequence[str | list[str]], batches: Sequence[Batch]) -> list[str]:
+    each = ([task] * len(batch) if isinstance(task, str) else task for task, batch in zip(tasks, batches))
+    return [name for names in each for name in names]
 
 
 def mean(parts: Sequence[Part], function: Callable[[Part], Tensor]) -> Tensor:
