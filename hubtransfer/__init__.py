@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         initialise_from_teacher as initialise_from_teacher,
         stitched_model as stitched_model,
     )
+    from hubtransfer.models.generators import VAE as VAE, WGANGP as WGANGP
     from hubtransfer.patches import (
         DeepenConfig as DeepenConfig,
         DepthwiseConfig as DepthwiseConfig,
@@ -73,6 +74,7 @@ _HOME = {
     "hubtransfer.methods.finetuning": "FineTune",
     "hubtransfer.models": "ClassificationHead DenseHead MultiLabelHead PatchStore RegressionHead Teacher TransferModel "
     "initialise_from_teacher stitched_model",
+    "hubtransfer.models.generators": "VAE WGANGP",
     "hubtransfer.patches": "DeepenConfig DepthwiseConfig ScaleBiasConfig SplitConfig WidenConfig",
     "hubtransfer.training": "Trainer TrainingArguments",
 }

@@ -1,0 +1,105 @@
+"""The contract of a generator: it draws inputs in [0, 1] from codes, and says what trains which of its parts."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hubtransfer.data.noise import Noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig(ABC):
+    """What every kind of generator has; a subclass names its `kind`, which is how recipes refer to it.
+
+    Attributes:
+        hidden: Units of each hidden layer, those next to the inputs first.
+        latent: Numbers of a code.
+        lr: Learning rate of Adam.
+    """
+
+    kind: ClassVar[str]
+    hidden: tuple[int, ...] = (400, 400)
+    latent: int = 100
+    lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            ValueError: naming the field and what it may be.
+        """
+        if not self.hidden or min(self.hidden) < 1:
+            raise ValueError(f"hidden must name at least one layer of at least one unit, got {self.hidden}")
+        if self.latent < 1:
+            raise ValueError(f"latent must be at least 1, got {self.latent}")
+        if self.lr <= 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+
+    @abstractmethod
+    def build(self, shape: Sequence[int]) -> "Generator":
+        """Makes the generator of inputs of a shape, such as (channels, height, width), with random weights."""
+
+
+@dataclass(frozen=True)
+class Player:
+    """A part of a generator and what it learns from.
+
+    Attributes:
+        part: The module that learns.
+        loss: `loss(inputs, weights, noise)`, a scalar, from inputs (count, *shape) in [0, 1] that are to be drawn as
+            often as their weights (count,) say, which sum to 1.
+        lr: Learning rate of Adam.
+        betas: Its decay rates.
+        steps: Steps on each batch.
+    """
+
+    part: nn.Module
+    loss: Callable[[Tensor, Tensor, Noise], Tensor]
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    steps: int = 1
+
+
+class Generator(nn.Module, ABC):
+    """Draws inputs.
+
+    Attributes:
+        config: Its numbers.
+        shape: Of one input.
+    """
+
+    def __init__(self, config: GeneratorConfig, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.config, self.shape = config, tuple(shape)
+
+    @property
+    def size(self) -> int:
+        """Numbers of one input."""
+        return math.prod(self.shape)
+
+    @abstractmethod
+    def draw(self, codes: Tensor) -> Tensor:
+        """Returns the inputs of codes: (count, latent), standard normal, -> (count, *shape) in [0, 1]."""
+
+    @abstractmethod
+    def players(self) -> Mapping[str, Player]:
+        """Returns its parts in the order in which they take their steps on a batch."""
+
+
+def perceptron(widths: Sequence[int], activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """Linear layers from the first width to the last, with an activation after all but the last."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """The sum of values (count,) by weights (count,)."""
+    return torch.dot(values, weights.to(values))
