@@ -169,6 +169,10 @@ class SumOfTerms(Distillation):
         """Returns every part's hyper-parameters under its name."""
         return {name: part.hyper_parameters() for name, part in named(self.parts)}
 
+    def watched(self) -> dict[str, Tensor | float]:
+        """Returns what every part watches."""
+        return joint_watched(self.parts)
+
     def groups(self) -> dict[str, list[dict[str, Any]]]:
         """The first method's groups, and what the others train besides the student."""
         return joint_groups(self.parts[0], self.parts[1:])
@@ -199,6 +203,15 @@ def named(parts: Iterable[Any]) -> list[tuple[str, Any]]:
     parts = list(parts)
     names = [part.name for part in parts]
     return [(n if names.count(n) == 1 else f"{n}.{names[:k].count(n)}", parts[k]) for k, n in enumerate(names)]
+
+
+def joint_watched(parts: Iterable[Any]) -> dict[str, Tensor | float]:
+    """What all methods watch; where a name is taken, with the name of the method in front."""
+    found: dict[str, Tensor | float] = {}
+    for name, part in named(parts):
+        for key, value in part.watched().items():
+            found[f"{name}: {key}" if key in found else key] = value
+    return found
 
 
 def without_model(method: AnyMethod) -> AnyMethod:

@@ -16,6 +16,7 @@ from hubtransfer.methods.distil import (
     check_parts,
     joint_groups,
     joint_terms,
+    joint_watched,
     named,
     parts_of,
     without_model,
@@ -75,6 +76,10 @@ class MethodWithTerms(Method):
     def hyper_parameters(self) -> dict[str, Any]:
         """Returns the hyper-parameters of the method and of the terms, under their names."""
         return {name: each.hyper_parameters() for name, each in named([self.method, *self.parts])}
+
+    def watched(self) -> dict[str, Tensor | float]:
+        """Returns what the method and the terms watch."""
+        return joint_watched([self.method, *self.parts])
 
     def predict(self, batch: Batch, task: str) -> Tensor:
         """Returns what the method predicts."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hubtransfer.data import Batch, TaskStream
 from hubtransfer.methods.aggregate import Combine, Gradients, Sum
 from hubtransfer.methods.continual_method import ContinualMethod
-from hubtransfer.methods.distil import named, without_model
+from hubtransfer.methods.distil import joint_watched, named, without_model
 from hubtransfer.methods.method import Method
 from hubtransfer.methods.stage import Stage
 from hubtransfer.methods.update import AnyBatch, Descend, Loss, Terms
@@ -108,6 +108,10 @@ class MethodWithPenalties(Method):
         """Returns the hyper-parameters of the method and of the penalties, under their names."""
         everyone = [*([] if self._alone else [self.method]), *self.parts]
         return {name: each.hyper_parameters() for name, each in named(everyone)}
+
+    def watched(self) -> dict[str, Tensor | float]:
+        """Returns what the method and the penalties watch."""
+        return joint_watched([self.method, *self.parts])
 
     def predict(self, batch: Batch, task: str) -> Tensor:
         """Returns what the method predicts."""

@@ -43,6 +43,9 @@ class Follow(Distillation):
         (there,), (here,) = self.pairs.teacher_maps(batch), self.pairs.own_maps(student.features.maps, batch)
         return {"map": self.weight * F.mse_loss(self.project(here), there)}
 
+    def watched(self):
+        return {"weight/map": self.weight}
+
 
 class Staged(Follow):
     """The toy with a stage of its own before."""
@@ -259,6 +262,9 @@ def test_a_method_takes_terms_from_either_side():
     more = FineTune(model) + KD(model, teacher) + Follow(model, teacher)
     assert len(more.parts) == 2
     assert more.hyper_parameters().keys() == {"fine_tune", "kd", "follow"}
+    assert more.watched() == {"weight/map": 1.0}
+    twice = Follow(model, teacher) + Follow(model, teacher, weight=2.0)
+    assert twice.watched() == {"weight/map": 1.0, "follow.1: weight/map": 2.0}
 
 
 def test_a_methods_steps_with_terms_equal_a_plain_loop():

@@ -102,6 +102,28 @@ def test_the_terms_join_the_loss_of_another_method():
     assert_same_parameters(model, plain, 1e-12)
 
 
+class Watching(Rehearsal):
+    def watched(self):
+        return {"kept/rows": 0.0 if self.kept is None else float(len(self.kept)), "weight/labels": 1.0}
+
+
+class WatchedL2(L2):
+    def watched(self):
+        return {"weight/labels": 2.0, "weight/penalty": 3.0}
+
+
+def test_the_log_has_what_the_method_and_every_penalty_watch():
+    """A name that the method has already gets the penalty's in front; the method's numbers are those of the moment."""
+    stream = domain_stream()
+    model = model_for(stream)
+    method = Watching(model) + WatchedL2(model)
+    penalty = {"l2: weight/labels": 2.0, "weight/penalty": 3.0}
+    assert method.watched() == {"kept/rows": 0.0, "weight/labels": 1.0} | penalty
+    run(method, stream)
+    assert method.watched() == {"kept/rows": 8.0, "weight/labels": 1.0} | penalty
+    assert (L2(model) + WatchedL2(model)).watched() == {"weight/labels": 2.0, "weight/penalty": 3.0}
+
+
 def test_the_order_of_the_sum_does_not_matter():
     stream = domain_stream(dtype=torch.float64)
     one, two = model_for(stream, dtype=torch.float64), model_for(stream, dtype=torch.float64)
