@@ -44,8 +44,10 @@ if TYPE_CHECKING:
         ClassificationHead as ClassificationHead,
         DenseHead as DenseHead,
         MultiLabelHead as MultiLabelHead,
+        NearestMeanHead as NearestMeanHead,
         PatchStore as PatchStore,
         RegressionHead as RegressionHead,
+        RidgeHead as RidgeHead,
         Teacher as Teacher,
         TransferModel as TransferModel,
         initialise_from_teacher as initialise_from_teacher,
@@ -72,8 +74,8 @@ _HOME = {
     "rotated_tasks split_tasks",
     "hubtransfer.methods": "Method OptimizerConfig",
     "hubtransfer.methods.finetuning": "FineTune",
-    "hubtransfer.models": "ClassificationHead DenseHead MultiLabelHead PatchStore RegressionHead Teacher TransferModel "
-    "initialise_from_teacher stitched_model",
+    "hubtransfer.models": "ClassificationHead DenseHead MultiLabelHead NearestMeanHead PatchStore RegressionHead "
+    "RidgeHead Teacher TransferModel initialise_from_teacher stitched_model",
     "hubtransfer.models.generators": "VAE WGANGP",
     "hubtransfer.patches": "DeepenConfig DepthwiseConfig ScaleBiasConfig SplitConfig WidenConfig",
     "hubtransfer.training": "Trainer TrainingArguments",

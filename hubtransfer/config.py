@@ -235,7 +235,7 @@ def _union(args: tuple[Any, ...], value: Any, hint: Any, where: str) -> Any:
             return value
     if isinstance(value, Mapping):
         classes = [a for a in args if isinstance(a, type) and dataclasses.is_dataclass(a)]
-        kinds = [k for c in classes for k in _kinds(c).values()]
+        kinds = [k for c in classes for k in kinds_of(c).values()]
         if "kind" in value and kinds:
             return from_dict(_class_of_kind_among(kinds, value["kind"], where), value, where)
         if len(classes) == 1 and not any((get_origin(a) or a) in _MAPPINGS for a in args):
@@ -282,19 +282,19 @@ def _kind(cls: type) -> str | None:
     return kind if isinstance(kind, str) and not is_field else None
 
 
-def _kinds(cls: type) -> dict[str, type]:
+def kinds_of(cls: type) -> dict[str, type]:
     """Every class with a kind among ``cls`` and its subclasses."""
     found = {cls.__dict__["kind"]: cls} if isinstance(cls.__dict__.get("kind"), str) and _kind(cls) else {}
     subclasses: list[type] = cls.__subclasses__()
     for sub in subclasses:
         if dataclasses.is_dataclass(sub):
-            found |= _kinds(sub)
+            found |= kinds_of(sub)
     return found
 
 
 def _class_of_kind(cls: type[T], data: dict[str, Any], where: str) -> type[T]:
     """Take ``kind`` out of ``data`` and return the class it names; ``cls`` itself when it has no kinds."""
-    kinds = _kinds(cls)
+    kinds = kinds_of(cls)
     if not kinds:
         return cls
     if "kind" in data:

@@ -25,7 +25,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from hubtransfer.config import from_dict, load_yaml, override, unknown_name
+from hubtransfer.config import from_dict, kinds_of, load_yaml, override, unknown_name
 from hubtransfer.recipe_methods import method_parts
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ def _head(section: Mapping[str, Any] | str, task: str, scenario: Any) -> HeadCon
 
     where = f"model.tasks.{task}.head"
     given = {"kind": section} if isinstance(section, str) else {"kind": "classification", **section}
-    kinds = {cls.kind: cls for cls in HeadConfig.__subclasses__()}
+    kinds: dict[str, Any] = kinds_of(HeadConfig)
     if given["kind"] not in kinds:
         raise ValueError(unknown_name("kind", given["kind"], kinds, where))
     cls = kinds[given["kind"]]

@@ -60,4 +60,4 @@ def measure(model: TransferModel, source: Source, task: str, batch_size: int = 1
         labels.append(batch.labels.cpu())
     target = torch.cat(labels)
     model.check_labels(target, task)
-    return evaluate_outputs(head.kind, torch.cat(outputs), target, names=head.labels).metrics
+    return evaluate_outputs(head.predicts, torch.cat(outputs), target, names=head.labels).metrics

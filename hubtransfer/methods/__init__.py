@@ -11,9 +11,10 @@ from hubtransfer.methods.aggregate import Aggregator, Combine, GramAggregator, S
 from hubtransfer.methods.method import Method
 from hubtransfer.methods.registry import MethodInfo, find, rows
 from hubtransfer.methods.stage import OptimizerConfig, Stage
-from hubtransfer.methods.update import Descend, Terms, Unrolled, Update
+from hubtransfer.methods.update import Accumulate, Descend, Terms, Unrolled, Update
 
 __all__ = [
+    "Accumulate",
     "Aggregator",
     "Combine",
     "Descend",

@@ -1,4 +1,4 @@
-"""What happens on one batch: descend on a loss, or descend through look-ahead steps."""
+"""What happens on one batch: descend on a loss, descend through look-ahead steps, or only count."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +76,27 @@ class Descend(Update):
         if self.after is not None:
             self.after(batch)
         return terms
+
+
+@dataclass(frozen=True)
+class Accumulate(Update):
+    """Counts what one batch tells, without a gradient and without an optimiser: statistics, in buffers.
+
+    Attributes:
+        count: Adds the batch, of all processes (`hubtransfer.data.processes.everywhere`), to buffers of the method or
+            of its model, and returns named scalars to be watched. Parameters stay as they are.
+    """
+
+    count: Loss
+
+    def groups(self) -> tuple[str, ...]:
+        """Returns no group: nothing descends."""
+        return ()
+
+    @torch.no_grad()
+    def apply(self, batch: AnyBatch, runtime: "Runtime") -> Terms:
+        """Counts the batch and returns what is to be watched."""
+        return runtime.call(self.count, batch)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from hubtransfer.models.inherit import Inherited, initialise_from_teacher
 from hubtransfer.models.model import TransferModel
 from hubtransfer.models.output import TransferModelOutput
 from hubtransfer.models.predict import Prediction
+from hubtransfer.models.statistic_heads import NearestMeanHead, RidgeHead
 from hubtransfer.models.store import PatchStore
 from hubtransfer.models.tasks import TaskSpec
 from hubtransfer.models.teacher import Teacher
@@ -18,10 +19,12 @@ __all__ = [
     "HeadConfig",
     "Inherited",
     "MultiLabelHead",
+    "NearestMeanHead",
     "OutputCache",
     "PatchStore",
     "Prediction",
     "RegressionHead",
+    "RidgeHead",
     "TaskSpec",
     "Teacher",
     "TransferModel",

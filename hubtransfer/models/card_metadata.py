@@ -88,7 +88,7 @@ def base_model(model: Any) -> str | None:
 
 
 def _pipeline(model: Any, spec: Any) -> str | None:
-    return PIPELINES.get((model.backbone.modality, getattr(spec.head, "kind", None)))
+    return PIPELINES.get((model.backbone.modality, getattr(spec.head, "predicts", None)))
 
 
 def patch_configs(spec: Any) -> list[Any]:

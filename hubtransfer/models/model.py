@@ -20,6 +20,7 @@ from hubtransfer.models.mixed import run_mixed
 from hubtransfer.models.output import TransferModelOutput
 from hubtransfer.models.saving import Saving
 from hubtransfer.models.serving import Serving
+from hubtransfer.models.statistic_heads import StatisticHead
 from hubtransfer.models.tasks import TaskSpec, check_task_name
 from hubtransfer.patches import Patch, build_patch
 
@@ -135,17 +136,19 @@ class TransferModel(Saving, Serving):
     def extend_head(self, name: str, num_classes: int, labels: Sequence[str] | None = None) -> TransferModel:
         """Widens a classification head to `num_classes`; the outputs for the classes so far stay as they are.
 
+        A head of statistics keeps them: later examples of any class count as if they had been there from the start.
+
         Args:
             name: The task.
             num_classes: New number of classes, the old ones included.
             labels: Names of all classes; by default new ones are called by their number where the old ones have names.
 
         Raises:
-            ValueError: if the head would shrink or the task has no linear head.
+            ValueError: if the head would shrink, or is neither linear nor one of statistics.
         """
         spec = self.tasks[self.task_name(name)]
         head, old = spec.head, self.heads.get(name)
-        if not isinstance(head, ClassificationHead) or not isinstance(old, LinearHead):
+        if not isinstance(head, ClassificationHead) or not isinstance(old, (LinearHead, StatisticHead)):
             raise ValueError(f"task {name!r} has no linear classification head to extend, but {head!r}")
         if num_classes < head.num_classes:
             raise ValueError(f"task {name!r} has {head.num_classes} classes already; {num_classes} would be fewer")

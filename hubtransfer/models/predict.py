@@ -75,7 +75,7 @@ def predict(
             }
             logits = model(**ready, task=names if len(set(names)) > 1 else names[0]).logits
             rows = logits if isinstance(logits, list) else logits.float().cpu()
-            answers += [_RULES[type(heads[n])](heads[n], row.float().cpu()) for n, row in zip(names, rows)]
+            answers += [_rule(heads[n])(heads[n], row.float().cpu()) for n, row in zip(names, rows)]
     return answers
 
 
@@ -147,3 +147,7 @@ _RULES: dict[type[HeadConfig], Callable[[HeadConfig, Tensor], Prediction]] = {
     RegressionHead: _numbers,
     DenseHead: _pixels,
 }
+
+
+def _rule(head: HeadConfig) -> Callable[[HeadConfig, Tensor], Prediction]:
+    return next(_RULES[cls] for cls in type(head).mro() if cls in _RULES)

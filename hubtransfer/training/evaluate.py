@@ -57,7 +57,7 @@ def evaluate(
             logits = torch.cat([value for _, value in sorted(outputs, key=lambda pair: pair[0])])
             target = torch.cat([value for _, value in sorted(labels, key=lambda pair: pair[0])])
             names = getattr(head, "labels", None)
-            found = (first_metric if brief else evaluate_outputs)(head.kind, logits, target, names=names)
+            found = (first_metric if brief else evaluate_outputs)(head.predicts, logits, target, names=names)
             prefix = f"{name}/" if len(sets) > 1 else ""
             metrics |= {prefix + key: value for key, value in found.metrics.items()}
             tables[name] = found.tables

@@ -128,7 +128,7 @@ class Runtime:
         self.method.train()
 
         plain = len(stage.updates) == 1 and isinstance(stage.updates[0], Descend) and stage.updates[0].is_plain()
-        if not plain:
+        if trained and not plain:
             self._refuse_on_explicit_path(where)
         self.optimizers, self._schedules = {}, []
         for name in trained:

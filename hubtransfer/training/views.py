@@ -119,7 +119,7 @@ def _draw_correlations(method: Method, teacher: Teacher, batches: list[Batch], f
     from hubtransfer.evaluation import views
 
     head = method.model.tasks[method.task].head
-    if head is None or head.kind != "classification" or sum(map(len, batches)) < 2:
+    if head is None or head.predicts != "classification" or sum(map(len, batches)) < 2:
         return
     try:
         teacher.same_classes_as(method.model, method.task)

@@ -81,7 +81,7 @@ class LwFTransfer(Distillation, name="lwf_transfer", config=LwFTransferConfig, s
         heads = []
         for k, each in enumerate(self.teachers):
             head = each.model.tasks[each.task].head
-            if head is None or head.kind != "classification":
+            if head is None or head.predicts != "classification":
                 what = "no head" if head is None else f"a head of kind {head.kind}"
                 raise ValueError(f"LwFTransfer: task {each.task!r} of source {k} has {what}, not classes")
             heads.append(nn.Linear(model.backbone.dim, head.width))
