@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hubtransfer.data import TaskStream
-from hubtransfer.functional.fisher import FISHER_KINDS, FisherKind
+from hubtransfer.methods.continual.ewc import EWCConfig
 from hubtransfer.methods.importance import fisher_diagonal, need_classes
 from hubtransfer.methods.quadratic_penalty import QuadraticPenalty
 from hubtransfer.models import TransferModel
@@ -16,21 +16,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineEWCConfig:
-    """Hyper-parameters of `OnlineEWC`.
+class OnlineEWCConfig(EWCConfig):
+    """Hyper-parameters of `OnlineEWC`: those of `EWC`, and how fast the old importance decays.
 
     Attributes:
-        strength: lambda, how hard important parameters are held.
         gamma: Share of the earlier tasks' importance that stays when a task is added.
-        fisher: "exact" (over all classes), "sampled" (a class drawn from the model), "predicted" or "label" (the
-            empirical Fisher). See `hubtransfer.functional.fisher`.
-        samples: Examples of a task on which the Fisher information is measured (default: all).
     """
 
-    strength: float = 1.0
     gamma: float = 1.0
-    fisher: FisherKind = "exact"
-    samples: int | None = None
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -38,14 +31,9 @@ class OnlineEWCConfig:
         Raises:
             ValueError: naming the field and what it may be.
         """
-        if self.strength < 0:
-            raise ValueError(f"strength must not be negative, got {self.strength}")
+        super().__post_init__()
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma must lie in [0, 1], got {self.gamma}")
-        if self.fisher not in FISHER_KINDS:
-            raise ValueError(f"fisher must be one of {', '.join(FISHER_KINDS)}, got {self.fisher!r}")
-        if self.samples is not None and self.samples < 1:
-            raise ValueError(f"samples must be at least 1, got {self.samples}")
 
 
 class OnlineEWC(QuadraticPenalty, name="online_ewc", config=OnlineEWCConfig):

@@ -100,5 +100,9 @@ class MGDA(Balancing, name="mgda", config=MGDAConfig):
 
     def combine(self, gradients: TaskGradients) -> Mapping[str, Gradients]:
         """The shortest combination for the trunk, plain gradients for the heads."""
-        weights = over_labelled(self.rule.weights, gradients.gram(), gradients)
+        weights = over_labelled(self.rule.weights, self.gram(gradients), gradients)
         return {"shared": gradients.shared(self.keep(weights, gradients)), "heads": gradients.own()}
+
+    def gram(self, gradients: TaskGradients) -> Tensor:
+        """Inner products of the gradients that are compared: (tasks, tasks)."""
+        return gradients.gram()

@@ -1,16 +1,16 @@
 """Multiple-gradient descent on an upper bound (Sener and Koltun, 2018)."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from hubtransfer.data import MultiTask
-from hubtransfer.methods.aggregate import Gradients
-from hubtransfer.methods.balance import Balancing, TaskGradients, over_labelled
-from hubtransfer.methods.multitask.mgda import MGDAConfig, MinNorm
+from hubtransfer.methods.balance import TaskGradients
+from hubtransfer.methods.multitask.mgda import MGDA
 from hubtransfer.methods.stage import Stage
-from hubtransfer.models import TransferModel
 
 if TYPE_CHECKING:
     from hubtransfer.training.runtime import Runtime
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class MGDAUB(Balancing, name="mgda_ub", config=MGDAConfig):
+class MGDAUB(MGDA, name="mgda_ub"):
     r"""Multiple-gradient descent that compares the tasks where their heads start: one backward pass of the trunk.
 
     .. math:: \theta \leftarrow \theta - \eta \sum_t \alpha_t \nabla_\theta L_t, \quad
@@ -40,24 +40,9 @@ class MGDAUB(Balancing, name="mgda_ub", config=MGDAConfig):
     Source: https://arxiv.org/abs/1810.04650, section 3.3, problem (MGDA-UB), theorem 1.
     """
 
-    paper = "Sener & Koltun 2018"
-    source = "https://arxiv.org/abs/1810.04650"
-    citation = """@inproceedings{sener2018multi,
-  title = {Multi-Task Learning as Multi-Objective Optimization},
-  author = {Sener, Ozan and Koltun, Vladlen},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2018}
-}"""
-
-    def __init__(self, model: TransferModel, tasks: Sequence[str] | None = None, **config: Any) -> None:
-        super().__init__(model, tasks, **config)
-        self.rule = MinNorm(self.config.normalization)
-
-    def combine(self, gradients: TaskGradients) -> Mapping[str, Gradients]:
-        """The shortest combination at the trunk's output, plain gradients for the heads."""
-        gram = gradients.feature_gram() if gradients.one_pass else gradients.gram()
-        weights = over_labelled(self.rule.weights, gram, gradients)
-        return {"shared": gradients.shared(self.keep(weights, gradients)), "heads": gradients.own()}
+    def gram(self, gradients: TaskGradients) -> Tensor:
+        """Inner products at the trunk's output, or, where tasks read different ones, of the trunk's gradients."""
+        return gradients.feature_gram() if gradients.one_pass else super().gram(gradients)
 
     def stages(self, scenario: MultiTask) -> Iterator[Stage]:
         """One stage; where the bound cannot be had, the log says why when it starts."""
