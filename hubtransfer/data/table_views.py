@@ -116,6 +116,7 @@ class Rearranged(_View):
         self.rearranged, self.origin = column, origin
         self.outside = (origin < 0).nonzero().flatten()
         self.places = origin.clamp(min=0).int()  # 32 bits: indexing is nearly twice as fast
+        self.numbers = origin.clamp(min=0).numpy()
 
     def gather(self, index: Tensor, columns: Sequence[str] | None = None) -> dict[str, Values]:
         """The base's rows, their pixels in the new order."""
@@ -130,11 +131,14 @@ class Rearranged(_View):
         first = _channels_first(images)
         flat = images.flatten(-2) if first else images.reshape(len(images), len(self.origin), -1)
         axis = flat.ndim - 1 if first else 1
-        # One byte a time has no quick path; 32 bits hold every uint8 exactly
-        moved = (flat.float() if flat.dtype == torch.uint8 else flat).index_select(axis, self.places)
+        if flat.dtype == torch.uint8:  # NumPy moves single bytes six times faster than index_select does
+            pixels = flat.numpy()
+            moved = torch.from_numpy(pixels[..., self.numbers] if first else pixels[:, self.numbers])
+        else:
+            moved = flat.index_select(axis, self.places)
         if len(self.outside):
             moved.index_fill_(axis, self.outside, 0)
-        return moved.to(images.dtype).reshape(images.shape)
+        return moved.reshape(images.shape)
 
     def column(self, name: str) -> Values | None:
         """A whole column, except the images."""
