@@ -99,8 +99,10 @@ def test_multimnist():
     base = load_data("mnist5k")
     assert torch.equal(found.train["left"], base.train["labels"])
     assert 0.05 < (found.train["left"] == found.train["right"]).float().mean() < 0.15
-    ink = found.train["pixel_values"].float().mean((1, 2)) / 255
-    assert torch.allclose(found.train["ink"], ink, atol=1e-6)
+    ink, test = (part["pixel_values"].double().mean((1, 2)).numpy() for part in (found.train, found.test))
+    mean, deviation = np.mean(ink), np.std(ink, ddof=1)  # of the training images, for both
+    np.testing.assert_allclose(found.train["ink"].numpy(), (ink - mean) / deviation, atol=1e-5)
+    np.testing.assert_allclose(found.test["ink"].numpy(), (test - mean) / deviation, atol=1e-5)
     assert torch.equal(found.train["right"], load_data("multimnist").train["right"])
 
 
