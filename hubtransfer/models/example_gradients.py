@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, jacrev, vmap
 
-from hubtransfer.models.heads import LinearHead
+from hubtransfer.models.linear_traces import NotThisWay, check_sums, trace
 from hubtransfer.models.model import TransferModel
 
 logger = logging.getLogger(__name__)
@@ -67,17 +67,13 @@ def sum_over_examples(
                 with torch.enable_grad():  # whoever measures may not be recording
                     found = ways[0](asked, inputs, further)
                 break
-            except (_NotThisWay, RuntimeError, ValueError) as error:
+            except (NotThisWay, RuntimeError, ValueError) as error:
                 if len(ways) == 1:
                     raise
                 logger.info("%s does not do: %s", ways.pop(0).__name__.strip("_"), error)
         for name, value in found.items():
             totals[name] += value
     return totals, count
-
-
-class _NotThisWay(Exception):
-    """The network is of another form."""
 
 
 @dataclass
@@ -90,35 +86,10 @@ class _Asked:
     trusted: bool = False  # whether linear layers were seen to be all there is
 
 
-class _Use(NamedTuple):
-    inputs: Tensor  # (batch, width)
-    shift: Tensor  # zeros that were added to the output, (batch, width): its gradient is the output's
-
-
 def _linear_layers(asked: _Asked, inputs: Mapping[str, Tensor], further: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    model, parameters, power = asked.model, asked.parameters, asked.power
-    names = {id(p): name for name, p in parameters.items()}
-    layers = [m for m in model.modules() if any(id(p) in names for p in m._parameters.values())]
-    if asked.task in model.patches or any(type(layer) not in (nn.Linear, LinearHead) for layer in layers):
-        raise _NotThisWay("not all parameters are those of linear layers")
-    uses: dict[nn.Module, list[_Use]] = {layer: [] for layer in layers}
-
-    def note(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        shift = torch.zeros_like(output, requires_grad=True)
-        uses[layer].append(_Use(given[0].detach(), shift))
-        return output + shift
-
-    hooks = [layer.register_forward_hook(note) for layer in layers]
-    try:
-        scalars = asked.values(model(**inputs, task=asked.task).logits, *further)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if any(len(use) != 1 or use[0].inputs.ndim != 2 for use in uses.values()) or len(names) < sum(
-        len([p for p in layer._parameters.values() if p is not None and id(p) in names]) for layer in layers
-    ):
-        raise _NotThisWay("a linear layer sees an example more often than once")
-    shifts = [uses[layer][0].shift for layer in layers]
+    power = asked.power
+    scalars, uses = trace(asked.model, asked.task, inputs, lambda z: asked.values(z, *further), asked.parameters)
+    shifts = [use.shift for use in uses]
     totals = [torch.zeros_like(shift) for shift in shifts]
     columns = scalars.shape[1]
     for k in range(columns):
@@ -126,27 +97,15 @@ def _linear_layers(asked: _Asked, inputs: Mapping[str, Tensor], further: tuple[T
         for total, gradient in zip(totals, found):
             total += _raised(gradient, power)
     if not asked.trusted:
-        _check_sum(scalars[:, -1].sum(), found, layers, uses, names)
+        check_sums(scalars[:, -1].sum(), found, uses)
         asked.trusted = True
     result = {}
-    for layer, total in zip(layers, totals):
-        for kind, parameter in layer._parameters.items():
-            if parameter is not None and id(parameter) in names:
-                given = _raised(uses[layer][0].inputs, power)
-                result[names[id(parameter)]] = total.T @ given if kind == "weight" else total.sum(0)
+    for use, total in zip(uses, totals):
+        if use.weight is not None:
+            result[use.weight] = total.T @ _raised(use.inputs, power)
+        if use.bias is not None:
+            result[use.bias] = total.sum(0)
     return result
-
-
-def _check_sum(scalar: Tensor, found: Sequence[Tensor], layers: Any, uses: Any, names: Any) -> None:
-    """A weight that is also used outside its layer has a gradient that the layer does not know of."""
-    for layer, gradient in zip(layers, found):
-        weight = layer._parameters["weight"]
-        if weight is None or id(weight) not in names or not weight.requires_grad:
-            continue
-        (whole,) = torch.autograd.grad(scalar, [weight], retain_graph=True, allow_unused=True)
-        own = gradient.T @ uses[layer][0].inputs
-        if whole is None or not torch.allclose(whole, own, rtol=1e-3, atol=1e-3 * float(own.abs().max()) + 1e-12):
-            raise _NotThisWay("a linear layer's weight is used in other places too")
 
 
 def _vectorised(asked: _Asked, inputs: Mapping[str, Tensor], further: tuple[Tensor, ...]) -> dict[str, Tensor]:
