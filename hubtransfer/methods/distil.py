@@ -54,6 +54,20 @@ class Distillation(Method, scenario=SingleTask):
             raise TypeError(f"{name} needs a frozen teacher: wrap the model as Teacher(model), got {what}")
         self.teachers: Any = nn.ModuleList(each.check_student(model) for each in given)
 
+    def one_teacher(self) -> Teacher:
+        """Returns the teacher, for methods that compare with a single one.
+
+        Raises:
+            ValueError: if several were given.
+        """
+        if len(self.teachers) != 1:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} takes one teacher, got {len(self.teachers)}; add one {name} a teacher: "
+                f"{name}(model, a) + {name}(model, b)"
+            )
+        return self.teachers[0]
+
     @property
     def like(self) -> Tensor:
         """A tensor of the student's head (or trunk), whose type and device projectors take."""

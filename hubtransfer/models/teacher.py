@@ -122,11 +122,26 @@ class Teacher(nn.Module):
             return dict(inputs)
         return {**inputs, "pixel_values": self._convert(inputs["pixel_values"])}
 
+    def classes(self) -> int:
+        """Returns the number of classes, one answer for each of which it gives an example.
+
+        Raises:
+            ValueError: if its task has no head of classes, so that there is nothing to soften.
+        """
+        head = self.model.tasks[self.task].head
+        if head is None or head.predicts != "classification":
+            raise ValueError(
+                f"the teacher's task {self.task!r} predicts {_say(head)}: softened answers need a head of classes; "
+                "compare pooled features or maps instead"
+            )
+        return head.width
+
     def same_classes_as(self, model: TransferModel, task: str | None = None) -> Self:
         """Returns the teacher itself if it predicts the same classes as a task of the student.
 
         Raises:
-            ValueError: if the number or the names of the classes differ, or `check_student` refuses.
+            ValueError: if the number or the names of the classes differ, if the heads are of another kind than
+                classification, or `check_student` refuses.
         """
         student = model.task_name(task)
         own, other = self.model.tasks[self.task].head, model.tasks[student].head
@@ -136,6 +151,7 @@ class Teacher(nn.Module):
                 f"the teacher's task {self.task!r} predicts {_say(own)}, the student's task {student!r} {_say(other)}; "
                 "they must have the same classes (Teacher(model, task=...) chooses the teacher's task)"
             )
+        self.classes()
         if own is not None and other is not None and own.labels and other.labels and own.labels != other.labels:
             k = next(k for k, (a, b) in enumerate(zip(own.labels, other.labels)) if a != b)
             raise ValueError(

@@ -7,6 +7,7 @@ import copy
 import functools
 import logging
 from dataclasses import fields
+from typing import get_origin, get_type_hints
 
 import pytest
 import torch
@@ -14,9 +15,17 @@ import torch.nn.functional as F
 
 from hubtransfer.backbones import Backbone
 from hubtransfer.data import Batch, SingleTask
-from hubtransfer.models import ClassificationHead, Teacher, TransferModel
+from hubtransfer.models import (
+    ClassificationHead,
+    DenseHead,
+    MultiLabelHead,
+    RegressionHead,
+    Teacher,
+    TransferModel,
+)
 from tests.contract.methods import NAMES, cls_of
 from tests.methods.steps import changed, run, snapshot
+from tests.tiny import batch, tiny_data, tiny_model
 
 DISTILLATION = [name for name in NAMES if ".distillation." in cls_of(name).__module__]
 NEEDS_IMAGES = {
@@ -108,6 +117,42 @@ def test_padding_does_not_count(name):
         assert short.keys() == long.keys()
         for key in short:
             torch.testing.assert_close(short[key], long[key], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", DISTILLATION)
+def test_a_list_of_one_teacher_is_that_teacher_and_several_are_all_used_or_refused(name):
+    def losses(*seeds, listed=True):
+        torch.manual_seed(0)
+        teachers = [Teacher(tiny_model(seed=seed)) for seed in seeds]
+        method = cls_of(name)(tiny_model(), teachers if listed else teachers[0])
+        stages = list(method.stages(SingleTask(train=tiny_data())))
+        torch.manual_seed(0)
+        found = [stage.updates[0].loss(batch(index=[0, 1, 2], size=24)) for stage in stages]
+        return torch.stack([sum(terms.values()) for terms in found]).detach()
+
+    assert torch.equal(losses(8), losses(8, listed=False))
+    if get_origin(get_type_hints(cls_of(name).__init__)["teacher"]) is None:
+        with pytest.raises(ValueError, match=r"takes one teacher, got 2; .*\(model, a\) \+ "):
+            losses(8, 9)
+    else:
+        assert not torch.equal(losses(8, 9), losses(8))
+
+
+HEADS = {
+    "regression": RegressionHead(3),
+    "one number": RegressionHead(1),
+    "multi_label": MultiLabelHead(3),
+    "dense": DenseHead(3),
+    "no head": None,
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", ["kd", "sobolev", "lwf_transfer"])
+def test_answers_that_are_no_classes_are_not_softened(name, head):
+    student, teacher = (tiny_model(seed=seed).add_task("other", HEADS[head]) for seed in (0, 9))
+    with pytest.raises(ValueError, match=r"'other' predicts .*need a head of classes; compare pooled features"):
+        cls_of(name)(student, Teacher(teacher))
 
 
 def named_pairs(name: str, teacher: Backbone, student: Backbone) -> tuple[tuple[str, str], ...]:

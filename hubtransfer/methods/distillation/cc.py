@@ -80,7 +80,7 @@ class CC(Distillation, name="cc", config=CCConfig, scenario=SingleTask):
 
     def __init__(self, model: TransferModel, teacher: Teacher, task: str | None = None, **config: Any) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        self.teacher = teacher
+        self.teacher = self.one_teacher()
         self.gamma = self.config.gamma if self.config.kernel == "rbf" else None
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:

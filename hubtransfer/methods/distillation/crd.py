@@ -100,8 +100,8 @@ class CRD(Distillation, name="crd", config=CRDConfig, scenario=SingleTask):
 
     def __init__(self, model: TransferModel, teacher: Teacher, task: str | None = None, **config: Any) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        self.teacher = teacher
-        self.embed_teacher = nn.Linear(teacher.model.backbone.dim, self.config.dim).to(self.like)
+        self.teacher = self.one_teacher()
+        self.embed_teacher = nn.Linear(self.teacher.model.backbone.dim, self.config.dim).to(self.like)
         self.embed_student = nn.Linear(model.backbone.dim, self.config.dim).to(self.like)
         self.means: Tensor  # of e^score with the teacher's and with the student's embeddings; 0 until the first batch
         self.register_buffer("means", self.like.new_zeros(2, requires_grad=False))
@@ -109,7 +109,12 @@ class CRD(Distillation, name="crd", config=CRDConfig, scenario=SingleTask):
         self.bank = EmbeddingBank(self.config.dim, self.config.momentum, self.like) if with_bank else None
 
     def before(self, scenario: SingleTask) -> Iterator[Stage]:
-        """No stage; refuses data without example numbers before any work starts."""
+        """No stage; refuses data without example numbers, or several data sets, before any work starts."""
+        if self.bank is not None and not isinstance(scenario, SingleTask):
+            raise ValueError(
+                f"CRD's bank holds the examples of one data set by their numbers, and a {type(scenario).__name__} has "
+                "several; use form='batch' here"
+            )
         if self.bank is not None and scenario.train_source.iterable:
             raise ValueError(NO_NUMBERS)
         return iter(())

@@ -78,7 +78,7 @@ class DarkRank(Distillation, name="dark_rank", config=DarkRankConfig, scenario=S
 
     def __init__(self, model: TransferModel, teacher: Teacher, task: str | None = None, **config: Any) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        self.teacher = teacher
+        self.teacher = self.one_teacher()
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:
         """Returns the improbability of the teacher's ranking, already weighted: the scalar `ranking`."""

@@ -70,7 +70,7 @@ class KD(Distillation, name="kd", config=KDConfig, scenario=SingleTask):
 
     def __init__(self, model: TransferModel, teacher: Teacher, task: str | None = None, **config: Any) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        self.teacher = teacher.same_classes_as(model, self.task)
+        self.teacher = self.one_teacher().same_classes_as(model, self.task)
         self.label_weight = 1 - self.config.alpha
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:

@@ -77,15 +77,8 @@ class LwFTransfer(Distillation, name="lwf_transfer", config=LwFTransferConfig, s
         self, model: TransferModel, teacher: Teacher | Sequence[Teacher], task: str | None = None, **config: Any
     ) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        like = next(model.heads[self.task].parameters())
-        heads = []
-        for k, each in enumerate(self.teachers):
-            head = each.model.tasks[each.task].head
-            if head is None or head.predicts != "classification":
-                what = "no head" if head is None else f"a head of kind {head.kind}"
-                raise ValueError(f"LwFTransfer: task {each.task!r} of source {k} has {what}, not classes")
-            heads.append(nn.Linear(model.backbone.dim, head.width))
-        self.second_heads = nn.ModuleList(heads).to(like)
+        heads = [nn.Linear(model.backbone.dim, each.classes()) for each in self.teachers]
+        self.second_heads = nn.ModuleList(heads).to(self.like)
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:
         """Returns the distance of the second heads' answers from the sources', weighted: the scalar `source`."""

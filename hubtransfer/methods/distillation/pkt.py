@@ -64,7 +64,7 @@ class PKT(Distillation, name="pkt", config=PKTConfig, scenario=SingleTask):
 
     def __init__(self, model: TransferModel, teacher: Teacher, task: str | None = None, **config: Any) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        self.teacher = teacher
+        self.teacher = self.one_teacher()
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:
         """Returns the divergence of the neighbourhoods, already weighted: the scalar `neighbours`."""

@@ -71,7 +71,7 @@ class RKD(Distillation, name="rkd", config=RKDConfig, scenario=SingleTask):
 
     def __init__(self, model: TransferModel, teacher: Teacher, task: str | None = None, **config: Any) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        self.teacher = teacher
+        self.teacher = self.one_teacher()
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:
         """Returns the terms whose weight is not zero, already weighted: the scalars `distance` and `angle`."""

@@ -81,7 +81,7 @@ class Sobolev(Distillation, name="sobolev", config=SobolevConfig, scenario=Singl
 
     def __init__(self, model: TransferModel, teacher: Teacher, task: str | None = None, **config: Any) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        self.teacher = teacher.same_classes_as(model, self.task)
+        self.teacher = self.one_teacher().same_classes_as(model, self.task)
         if model.backbone.modality == "text":
             raise ValueError(
                 "Sobolev compares derivatives in the input, and a text's token ids have none; use a student of images"

@@ -71,7 +71,7 @@ class SP(Distillation, name="sp", config=SPConfig, scenario=SingleTask):
 
     def __init__(self, model: TransferModel, teacher: Teacher, task: str | None = None, **config: Any) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        self.teacher = teacher
+        self.teacher = self.one_teacher()
         self.pairs = None if self.config.pairs == "pooled" else self.pair(self.config.pairs)
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:

@@ -6,15 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hubtransfer.data import SingleTask
+from hubtransfer.data import SingleTask, TaskStream
 from hubtransfer.functional import contrast
 from hubtransfer.functional.contrast import bank_contrast, batch_contrast, critic_loss, draw_others
+from hubtransfer.methods.continual.er import ER
+from hubtransfer.methods.continual.sequential import SequentialFineTune
 from hubtransfer.methods.distillation.crd import CRD
 from hubtransfer.methods.distillation.kd import KD
 from hubtransfer.methods.embedding_bank import EmbeddingBank
+from hubtransfer.models import Teacher
 from tests.methods.distillation.relations import data, make, terms
-from tests.methods.steps import batches, clone, run
-from tests.tiny import batch, tiny_data
+from tests.methods.steps import batches, clone, run, snapshot
+from tests.tiny import batch, tiny_data, tiny_model
 
 SMALL = {"negatives": 12, "dim": 6}
 
@@ -210,3 +213,22 @@ def test_a_stream_is_refused_before_any_work_and_the_form_without_a_bank_takes_i
 def test_bad_hyper_parameters_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         make(CRD, **bad)
+
+
+@pytest.mark.parametrize("host", [SequentialFineTune, ER])
+def test_in_a_stream_of_tasks_the_batchs_form_and_other_terms_work_and_the_bank_is_refused(host):
+    """Example numbers begin anew in each task of a stream: rows of the bank would be of two examples."""
+
+    def trained(*term, **options):
+        torch.manual_seed(0)
+        method = host(tiny_model())
+        for each in term:
+            method = method + each(method.model, Teacher(tiny_model(seed=9)), **options)
+        run(method, TaskStream([tiny_data(24, seed=0), tiny_data(24, seed=1)], kind="domain"), steps=2)
+        return snapshot(method.model)
+
+    alone = trained()
+    for found in (trained(KD), trained(CRD, form="batch", dim=6)):
+        assert any(not torch.equal(alone[name], found[name]) for name in alone)
+    with pytest.raises(ValueError, match=r"one data set .* TaskStream has several; use form='batch'"):
+        trained(CRD, **SMALL)
