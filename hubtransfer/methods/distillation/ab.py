@@ -1,6 +1,6 @@
 """Distillation of activation boundaries (Heo et al., 2019)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,7 +64,8 @@ class AB(Distillation, name="ab", config=ABConfig, scenario=SingleTask):
 
     Differs from the paper: a layer's output is compared, not what enters its activation. For the teacher this is the
     same wherever the activation keeps the sign (ReLU, GELU, SiLU, tanh); the student's goes through the connector. Maps
-    of unlike size: the student's is pooled, or repeated, to the teacher's. Weights double from pair to pair.
+    of unlike size: the student's is pooled, or repeated, to the teacher's. Weights double from pair to
+    pair of a teacher.
 
     Source: https://arxiv.org/abs/1811.03233, the section on the activation transfer loss; weights of layers and beta
     as in the common benchmark's code.
@@ -80,7 +81,9 @@ class AB(Distillation, name="ab", config=ABConfig, scenario=SingleTask):
 }"""
     over_batch: ClassVar[bool] = True  # the connectors' batch normalisation sees one process's batch
 
-    def __init__(self, model: TransferModel, teacher: Teacher, task: str | None = None, **config: Any) -> None:
+    def __init__(
+        self, model: TransferModel, teacher: Teacher | Sequence[Teacher], task: str | None = None, **config: Any
+    ) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
         self.pairs = self.pair(self.config.pairs, texts=True)
         self.layers, self.reads = (), ()  # the second stage reads no maps
@@ -107,7 +110,8 @@ class AB(Distillation, name="ab", config=ABConfig, scenario=SingleTask):
         for there, here, connector in both:
             found = F.adaptive_avg_pool2d(connector(here), (there.shape[2], there.shape[3]))
             distances.append(boundary_distance(there, found, self.config.margin))
-        weights = [2.0 ** (k + 1 - len(distances)) for k in range(len(distances))]
+        numbers = [pair.teacher for pair in self.pairs.pairs]
+        weights = [0.5 ** numbers[k + 1 :].count(number) for k, number in enumerate(numbers)]
         return {"boundary": self.config.beta * torch.stack([w * d for w, d in zip(weights, distances)]).sum()}
 
     def before(self, scenario: SingleTask) -> Iterator[Stage]:

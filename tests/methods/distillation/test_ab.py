@@ -45,6 +45,16 @@ def test_weights_of_the_pairs_by_hand():
     assert method.boundary_loss(batch([0, 1]))["boundary"].item() == pytest.approx(expected)
 
 
+def test_teachers_count_alike():
+    """Connectors that give 0, as above: (512 / 2 + 256) neurons that lack 1, from each of two teachers."""
+    teachers = [Teacher(tiny_model(5, seed=9)) for _ in range(2)]
+    method = AB(tiny_model(), teachers, beta=0.5)
+    with torch.no_grad():
+        for connector in method.connectors:
+            connector[1].weight.zero_()
+    assert method.boundary_loss(batch([0, 1]))["boundary"].item() == pytest.approx(0.5 * 2 * (512 / 2 + 256))
+
+
 def test_the_first_stage_equals_plain_torch():
     method, scenario = example(torch.float64)
     student, teacher = clone(method.model), clone(method.teachers[0].model).eval()
