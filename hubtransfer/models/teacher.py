@@ -27,7 +27,8 @@ class Teacher(nn.Module):
     batch's longest text, are computed at each step.
 
     A teacher sees images as it was trained to: when its processor standardises or sizes them otherwise than the
-    student's, the batch is converted first (`check_student`).
+    student's, the batch is converted first (`check_student`). Students that see images otherwise than one another need
+    a `Teacher(model)` each.
 
     Attributes:
         model: The teacher's model. It moves along with `.to(...)`, but is not a registered sub-module.
@@ -66,6 +67,7 @@ class Teacher(nn.Module):
         self.layers = tuple(layers)
         self.cache = OutputCache() if cache is True else cache if isinstance(cache, OutputCache) else None
         self._convert: Callable[[Tensor], Tensor] | None = None
+        self._seen: list[tuple[Any, ...] | None] = []  # how the students' images are made
         object.__setattr__(self, "model", model)  # around nn.Module's registration
         model.requires_grad_(False)
         self.train(False)
@@ -164,7 +166,8 @@ class Teacher(nn.Module):
         """Returns the teacher itself if it can teach this model, and notes how the student's inputs are made.
 
         Raises:
-            ValueError: if both share parameters, or take other kinds of inputs.
+            ValueError: if both share parameters, take other kinds of inputs, or the teacher has a student already whose
+                images are made otherwise.
         """
         own = {p.data_ptr() for p in self.model.parameters() if p.numel()}
         shared = next((n for n, p in model.named_parameters() if p.numel() and p.data_ptr() in own), None)
@@ -178,7 +181,13 @@ class Teacher(nn.Module):
             raise ValueError(f"the teacher takes {mine.modality} inputs, the student {theirs.modality} inputs")
         if mine.modality == "text":
             _check_tokens(self.model.processor, model.processor)
-        self._convert = _conversion(model.processor, self.model.processor)
+        convert, facts = _conversion(model.processor, self.model.processor), _facts(model.processor)
+        if self._seen and self._seen != [facts] and (self._convert or convert):
+            raise ValueError(
+                f"the teacher has a student whose images are made with mean, std and size {self._seen[0]}, and this "
+                f"one's are made with {facts}; make a second Teacher(model) for it"
+            )
+        self._convert, self._seen = convert, self._seen or [facts]
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -205,13 +214,18 @@ def _check_tokens(teacher: Any, student: Any) -> None:
         )
 
 
+def _facts(processor: Any) -> tuple[Any, ...] | None:
+    """Mean, standard deviation and size that an image processor gives its images, or none."""
+    facts = tuple(getattr(processor, fact, None) for fact in ("mean", "std", "size"))
+    return facts if all(isinstance(fact, tuple) for fact in facts) else None
+
+
 def _conversion(source: Any, target: Any) -> Callable[[Tensor], Tensor] | None:
     r"""From images made by one image processor to what another would have made of them, or none if they agree.
 
     .. math:: x' = \frac{x \sigma + \mu - \mu'}{\sigma'}
     """
-    facts = ("mean", "std", "size")
-    if any(not isinstance(getattr(p, fact, None), tuple) for p in (source, target) for fact in facts):
+    if _facts(source) is None or _facts(target) is None:
         return None
     mean, std, new_mean, new_std = (
         torch.tensor(v)[:, None, None] for v in (source.mean, source.std, target.mean, target.std)

@@ -286,6 +286,21 @@ def test_a_teacher_sees_images_as_it_was_trained_to():
     )
 
 
+def test_students_that_see_images_otherwise_need_a_teacher_each():
+    """Pixels p: one student gets (p - 0.5) / 0.5 as the teacher does, the other (p - 0.2) / 0.1."""
+    model, one, other = image_model(0.5, 0.5, seed=1), image_model(0.5, 0.5, seed=2), image_model(0.2, 0.1, seed=3)
+    pixels = torch.rand(3, *SHAPE)
+    teacher = Teacher(model).check_student(one)
+    expected = model((pixels - 0.5) / 0.5).logits
+    with pytest.raises(ValueError, match=r"\(0\.5, 0\.5, 0\.5\).*\(0\.2, .*second Teacher\(model\)"):
+        teacher.check_student(other)
+    assert torch.equal(teacher(batch(pixel_values=(pixels - 0.5) / 0.5)).logits, expected)
+    second = Teacher(model).check_student(other)
+    torch.testing.assert_close(second(batch(pixel_values=(pixels - 0.2) / 0.1)).logits, expected, atol=1e-5, rtol=1e-5)
+    assert teacher.check_student(image_model(0.5, 0.5, seed=4)) is teacher
+    assert teacher.check_student(tiny_model(seed=5)) is teacher  # says nothing of its images
+
+
 def bert(vocabulary):
     backbone = Backbone.from_pretrained(
         "bert",
