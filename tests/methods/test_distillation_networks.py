@@ -219,7 +219,7 @@ OFFICIAL = {
     "ft": {"beta": 500.0, "rate": 0.5},
     "ab": {"margin": 1.0, "beta": 3e-3},
     "fsp": {"beta": 50.0},
-    "nst": {"beta": 50.0},
+    "nst": {"beta": 100.0},  # half of it is the weight
     "crd": {"weight": 0.8, "negatives": 16384, "temperature": 0.07, "momentum": 0.5, "dim": 128},
     "dark_rank": {"alpha": 3.0, "beta": 3.0},
 }
