@@ -292,7 +292,11 @@ def joint_groups(first: Any, parts: Iterable[Any]) -> dict[str, Any]:
     for part in parts:
         for name, given in part.groups().items():
             if name != "model" and name in groups:
-                raise ValueError(f"{type(part).__name__} and a method before it both have a group {name!r}")
+                who = type(part).__name__
+                raise ValueError(
+                    f"{who} and a method before it both have a group {name!r}; if both are {who}, give one method both "
+                    f"teachers: {who}(model, [a, b])"
+                )
             if name != "model":
                 groups[name] = given
                 continue

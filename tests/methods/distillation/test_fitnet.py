@@ -121,3 +121,12 @@ def test_pooled_features_and_several_teachers():
 def test_bad_hyper_parameters_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         make(**bad)
+
+
+def test_two_of_them_are_named_with_the_way_out():
+    method = make()
+    other = Teacher(tiny_model(seed=8))
+    both = method + FitNet(method.model, other)
+    with pytest.raises(ValueError, match=r"group 'hint'.*: FitNet\(model, \[a, b\]\)"):
+        both.groups()
+    assert "hint" in FitNet(method.model, [method.teachers[0], other]).groups()
