@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hubtransfer.data import Loader
 from hubtransfer.data.seeds import seed_of, seeded
 from hubtransfer.methods.continual_method import ContinualMethod
+from hubtransfer.methods.item_batches import item_batches
 
 if TYPE_CHECKING:
     from hubtransfer.training.runtime import Runtime
@@ -35,18 +35,12 @@ def span_of(method: ContinualMethod, item: Any, runtime: "Runtime") -> Tensor:
     Raises:
         ValueError: if the data are a stream without an end, or all their numbers are the same.
     """
-    source, arguments = item.train_source, runtime.arguments
-    if source.iterable:
-        raise ValueError(f"{type(method).__name__}: {source.where} has no end, so the range of its inputs is not known")
-    size = arguments.eval_batch_size or 2 * arguments.batch_size
-    loader = Loader(
-        source, method.model.processor, batch_size=size, seed=arguments.seed, shuffle=False, trim=False,
-        workers=arguments.workers,
-    )  # fmt: skip
-    ends = [torch.stack(batch.inputs["pixel_values"].aminmax()) for batch in loader.batches(0)]
+    ends = [torch.stack(batch.inputs["pixel_values"].aminmax()) for batch in item_batches(method, item, runtime)]
     low, high = torch.stack(ends).amin(0)[0], torch.stack(ends).amax(0)[1]
     if not low < high:
-        raise ValueError(f"{type(method).__name__}: all numbers in the inputs of {source.where} are {low.item():g}")
+        raise ValueError(
+            f"{type(method).__name__}: all numbers in the inputs of {item.train_source.where} are {low.item():g}"
+        )
     return torch.stack([low, high])
 
 

@@ -12,6 +12,7 @@ from hubtransfer.models.store import PatchStore
 from hubtransfer.models.tasks import TaskSpec
 from hubtransfer.models.teacher import Teacher
 from hubtransfer.models.towers import stitched_model
+from hubtransfer.models.units import linear_chain
 
 __all__ = [
     "ClassificationHead",
@@ -30,6 +31,7 @@ __all__ = [
     "TransferModel",
     "TransferModelOutput",
     "initialise_from_teacher",
+    "linear_chain",
     "register_growth",
     "stitched_model",
 ]

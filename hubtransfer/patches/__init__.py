@@ -6,6 +6,7 @@ from hubtransfer.patches.build import build_patch, patch_from_dict, patch_to_dic
 from hubtransfer.patches.column import ColumnConfig, ColumnPatch
 from hubtransfer.patches.deepen import DeepenConfig
 from hubtransfer.patches.depthwise import DepthwiseConfig
+from hubtransfer.patches.earlier_units import EarlierUnitsConfig
 from hubtransfer.patches.gather import Gather, Layout, Owned, gathered, gathering_fails, packed
 from hubtransfer.patches.patch import PATCHES, ComposedPatch, Patch, PatchConfig, applied
 from hubtransfer.patches.places import Slot, checkpointing_is_on
@@ -35,6 +36,7 @@ __all__ = [
     "ComposedPatch",
     "DeepenConfig",
     "DepthwiseConfig",
+    "EarlierUnitsConfig",
     "Gather",
     "Layout",
     "Owned",

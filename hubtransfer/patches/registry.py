@@ -8,7 +8,7 @@ def patches() -> list[dict[str, str]]:
 
     Examples:
         >>> [row["kind"] for row in patches()]
-        ['column', 'deepen', 'depthwise', 'peft', 'scale_bias', 'split', 'widen']
+        ['column', 'deepen', 'depthwise', 'earlier_units', 'peft', 'scale_bias', 'split', 'widen']
     """
     rows = [
         {"kind": kind, "class": config.__name__, "paper": config.paper, "summary": config.summary}
