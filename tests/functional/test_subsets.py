@@ -62,6 +62,16 @@ def test_no_exchange_of_two_helps_and_random_subsets_are_worse():
         assert value(similarity, other) > best
 
 
+def test_a_first_choice_is_made_better_or_stays():
+    similarity = cosines(30, 4, 2)
+    start = torch.arange(30) < 12
+    kept = least_similar(similarity, 12, start=start)
+    assert kept.sum() == 12
+    assert value(similarity, kept) < value(similarity, start)
+    assert torch.equal(least_similar(similarity, 12, start=kept), kept)
+    assert start.tolist() == [k < 12 for k in range(30)], "what was given stays as it was"
+
+
 def test_all_none_and_what_cannot_be():
     similarity = cosines(4, 2, 0)
     assert least_similar(similarity, 4).all()
@@ -69,3 +79,5 @@ def test_all_none_and_what_cannot_be():
     for bad, count, message in ((similarity[:3], 2, "square"), (similarity, 5, "5 cannot be chosen of 4")):
         with pytest.raises(ValueError, match=message):
             least_similar(bad, count)
+    with pytest.raises(ValueError, match="start must choose 2 of 4, but it chooses 3 of 4"):
+        least_similar(similarity, 2, start=torch.arange(4) < 3)

@@ -71,7 +71,8 @@ class GSS(ReplayMethod, name="gss", config=GSSConfig):
         task: Task of a stream that names none (default: the active one).
 
     Differs from the paper: batch and replay make one step together, as in the code of dark experience replay. The
-    integer program is solved to where no exchange of two examples helps, the authors' solver stops after 1000 nodes.
+    integer program starts from the memory as it is and ends where no exchange of two examples helps; the authors'
+    solver stops after 1000 nodes.
 
     Source: https://arxiv.org/abs/1903.08671, algorithms 1 (IQP) and 2 (greedy).
     """
@@ -129,7 +130,8 @@ class GSS(ReplayMethod, name="gss", config=GSSConfig):
         parts = [self.memory.at(torch.arange(size)), self._everyone(batch)]
         gradients = [self._gradients.of(part) for part in parts]
         similarity = torch.cat([torch.cat([one.cosines(two) for two in gradients], 1) for one in gradients])
-        scores = (~least_similar(similarity, size)).to(similarity)
+        present = torch.arange(len(similarity)) < size
+        scores = (~least_similar(similarity, size, start=present)).to(similarity)
         self.memory.update(torch.arange(size), score=scores[:size])
         return scores[size + rank() * len(batch) :][: len(batch)]
 
