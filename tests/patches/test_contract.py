@@ -55,7 +55,9 @@ STARTS_UNCHANGED = {"split", "split_nothing_shared",
 
 def test_every_kind_is_covered() -> None:
     tried = [config for each in CONFIGS.values() for config in (each if isinstance(each, list) else [each])]
-    assert {config.kind for config in tried if hasattr(config, "kind")} == set(PATCHES)
+    covered = {config.kind for config in tried if hasattr(config, "kind")}
+    without_tensors = {"earlier_units"}  # nothing to train or load: tests/patches/test_earlier_units.py
+    assert covered | without_tensors == set(PATCHES)
     rows = patches()
     assert [row["kind"] for row in rows] == sorted([*PATCHES, "peft"])
     assert all(row[key] for row in rows for key in ("class", "paper", "summary"))

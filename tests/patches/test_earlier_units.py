@@ -1,10 +1,12 @@
 """A task's view of a trunk that has grown: the answers of its time, no tensors, reverted, saved and loaded."""
 
+import copy
+
 import pytest
 import torch
 
 from hubtransfer.models import TransferModel
-from hubtransfer.patches import EarlierUnitsConfig, patch_from_dict, patch_to_dict
+from hubtransfer.patches import EarlierUnitsConfig, applied, patch_from_dict, patch_to_dict
 from tests.tiny import tiny_backbone, tiny_model
 
 X = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -31,6 +33,20 @@ def test_it_answers_as_then():
     assert not model.patches["task"].tensors()
     del model.patches["task"]
     assert torch.equal(model(pixel_values=X).logits, now)
+
+
+def test_applied_and_reverted_the_trunk_is_as_it_was_and_copies_have_their_own():
+    model, _ = grown()
+    modules = [(name, id(module)) for name, module in model.backbone.named_modules()]
+    patch = EarlierUnitsConfig(inputs={"second": 16}).build(model.backbone)
+    clone = copy.deepcopy(torch.nn.ModuleDict({"backbone": model.backbone, "patch": patch}))
+    with torch.no_grad(), applied(patch):
+        expected = model.backbone(X).pooled
+    assert [(name, id(module)) for name, module in model.backbone.named_modules()] == modules
+    with torch.no_grad():
+        model.backbone.trunk.second.weight.zero_()
+        with applied(clone["patch"]):
+            assert torch.equal(clone["backbone"](X).pooled, expected)
 
 
 def test_saved_and_loaded(tmp_path):
