@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hubtransfer.functional import attention, contrast, distributions, map_statistics, ranking, relations
+from hubtransfer.functional.boundaries import boundary_distance
 from hubtransfer.functional.factors import factor_distance
 from hubtransfer.functional.likelihood import surprise
 from hubtransfer.training.record import versions
@@ -193,6 +194,13 @@ def ft(teacher: Tensor, student: Tensor) -> Tensor:
     return F.l1_loss(*(F.normalize(x.view(len(x), -1)) for x in (student, teacher)))
 
 
+def ab(teacher: Tensor, student: Tensor) -> Tensor:
+    """Squared misses of the margin, one product of masks a side of zero."""
+    off_too_high = (student + 1).pow(2) * ((student > -1) & (teacher <= 0)).float()
+    on_too_low = (student - 1).pow(2) * ((student <= 1) & (teacher > 0)).float()
+    return (off_too_high + on_too_low).sum() / len(student)
+
+
 CASES: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], Callable[[], tuple[Loss, Loss]]]] = {
     "kd": (logits, lambda: (lambda t, s: 16 * distributions.softened_kl(t, s, 4.0), kd)),
     "sp": (maps, lambda: (relations.gram_distance, sp)),
@@ -210,6 +218,7 @@ CASES: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], Callable[[], tuple[L
     "fsp": (maps, lambda: (flow_distance, fsp)),
     "vid": (maps, lambda: (lambda t, s: surprise(t, s, t.new_full((t.shape[1],), 5.0)), vid)),
     "ft": (maps, lambda: (lambda t, s: factor_distance(s, t), ft)),
+    "ab": (maps, lambda: (boundary_distance, ab)),
 }
 """Name: (tensors to compare, both forms of the loss)."""
 
