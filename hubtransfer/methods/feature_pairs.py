@@ -76,8 +76,8 @@ class FeaturePairs:
         for who, backbone in everyone.items():
             if backbone.modality == "text" and not texts:
                 raise ValueError(
-                    f"{who} (text) has no feature maps of images to compare, and this loss has no meaning for texts; "
-                    "choose one of pooled features, logits or single positions"
+                    f"{who} (text) has no feature maps of images to compare, and this method is not available for "
+                    "texts; choose one of pooled features, logits or single positions"
                 )
             if not backbone.layers:
                 known = "; ".join(f"{name}: {_listed(each.layers) or 'none'}" for name, each in everyone.items())

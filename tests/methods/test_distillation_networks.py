@@ -1,6 +1,6 @@
 """Every distillation method between unlike networks: CNN and ViT in any direction, a text encoder and a smaller one.
 
-The cases come from the registry. Losses that compare places of an image have no meaning for texts and say so.
+The cases come from the registry. Losses that compare places of an image are not available for texts and say so.
 """
 
 import copy
@@ -37,7 +37,7 @@ NEEDS_IMAGES = {
     "l2t_w": "weights of a map's channels, a mean over places",
     "l2t_ww": "weights of a map's channels, a mean over places",
 }
-"""Methods whose loss has no meaning for texts, and why."""
+"""Methods that are not available for texts, and what they compare or need."""
 
 TEXTS = [name for name in DISTILLATION if name not in NEEDS_IMAGES]
 PAIRED = [name for name in DISTILLATION if "pairs" in [field.name for field in fields(cls_of(name).config_class)]]
@@ -94,8 +94,8 @@ def test_a_step_from_a_text_encoder_to_a_smaller_one(name):
 
 
 @pytest.mark.parametrize("name", NEEDS_IMAGES)
-def test_losses_without_a_meaning_for_texts_say_so(name):
-    with pytest.raises(ValueError, match=r"no meaning for texts|text.s token ids"):
+def test_losses_that_are_not_available_for_texts_say_so(name):
+    with pytest.raises(ValueError, match=r"not available for texts|text.s token ids"):
         cls_of(name)(*encoders())
 
 

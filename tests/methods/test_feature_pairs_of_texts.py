@@ -52,6 +52,6 @@ def test_words_are_examples_and_padding_is_none():
     assert torch.equal(own[:, :, 0, 0], torch.cat([whole[0], whole[1, :3]]))
 
 
-def test_texts_are_refused_where_a_loss_has_no_meaning_for_them():
+def test_texts_are_refused_where_a_loss_compares_places():
     with pytest.raises(ValueError, match="the student .text. has no feature maps of images"):
         FeaturePairs(encoder(1).backbone, [Teacher(encoder(2))], "single")
