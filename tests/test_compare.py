@@ -56,6 +56,25 @@ def test_a_table_by_hand(document: Path) -> None:
     assert again == text  # nothing is written twice
 
 
+def test_tasks_as_columns_may_differ_in_metric(tmp_path: Path) -> None:
+    def cell(name: str, overrides: dict[str, Any], numbers: dict[str, float]) -> dict[str, Any]:
+        return {"seed": 0, "name": name, "overrides": overrides, "numbers": numbers}
+
+    both = {"a/accuracy": 0.5, "a/nll": 9.0, "ink/r2": 0.25, "ink/mae": 3.0}
+    cells = [
+        cell("together", {"data.labels": {"a": "x", "ink": "y"}}, both),
+        cell("alone", {"data.labels": {"a": "x"}}, {"accuracy": 0.75, "nll": 1.0}),
+        cell("alone", {"data.labels": {"ink": "y"}}, {"r2": 0.5, "mae": 2.0}),
+    ]
+    (tmp_path / "two.results.json").write_text(json.dumps({"recipe": "two", "cells": cells}))
+    path = tmp_path / "two.md"
+    path.write_text(MARKS.format("{recipes: two, also: {ink: r2}, picture: false}"))
+    text = compare.render(path)
+    assert "| recipe | a | ink (r2) |" in text
+    assert "| [together](two.yaml) | 50.0 | 25.0 |" in text
+    assert "| [alone](two.yaml) | **75.0** | **50.0** |" in text
+
+
 def cli_run(document: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["compare", str(document)])

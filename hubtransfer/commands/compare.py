@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Comparison:
         recipes: pattern of recipes' names; their results files lie in the document's folder.
         columns: path of the grid whose values are the columns; none: the tasks are.
         metric: which number.
+        also: metrics of tasks that do not have that one, by task; only where the tasks are the columns.
         parameters: whether a column shows how many parameters the model has, all tasks together.
         percent: show 100 times the number.
         differences: pairs (label, label) of recipes whose difference is shown, paired by seed.
@@ -35,6 +36,7 @@ class Comparison:
     recipes: str
     columns: str | None = None
     metric: str = "accuracy"
+    also: Mapping[str, str] = field(default_factory=dict)
     parameters: bool = False
     percent: bool = True
     differences: tuple[tuple[str, str], ...] = ()
@@ -123,10 +125,17 @@ def _rows(folder: Path, wanted: Comparison) -> list[Row]:
 
 
 def _columns(changes: dict[str, Any], numbers: Mapping[str, float], wanted: Comparison) -> dict[Any, float]:
-    """A cell's numbers by column: its tasks', or the one of its place in the grid, which is no longer in changes."""
+    """A cell's numbers by column: its tasks', or the one of its place in the grid, which is no longer in changes.
+
+    A cell of one task alone does not name it with its numbers: the grid does, in ``data.labels``.
+    """
     if wanted.columns is None:
+        alone = next(iter(changes.get("data.labels", ())), "")
         split = {name: name.rpartition("/") for name in numbers}
-        return {task: numbers[name] for name, (task, _, metric) in split.items() if task and metric == wanted.metric}
+        found = {(task or alone, metric): numbers[name] for name, (task, _, metric) in split.items()}
+        named = {task: wanted.also.get(task, wanted.metric) for task, _ in found if task}
+        columns = {task: task if metric == wanted.metric else f"{task} ({metric})" for task, metric in named.items()}
+        return {columns[task]: found[task, metric] for task, metric in named.items() if (task, metric) in found}
     if wanted.columns not in changes or wanted.metric not in numbers:
         return {}
     return {changes.pop(wanted.columns): numbers[wanted.metric]}
