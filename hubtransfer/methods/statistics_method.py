@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hubtransfer.backbones import Features
-from hubtransfer.data import Batch, TaskStream
+from hubtransfer.data import Batch, Source, TaskStream
 from hubtransfer.data.processes import everywhere, world
 from hubtransfer.functional.missing import known_classes
 from hubtransfer.methods.continual_method import ContinualMethod
@@ -99,7 +99,12 @@ class StatisticsMethod(ContinualMethod):
     def stages(self, scenario: TaskStream) -> Iterator[Stage]:
         """One pass over each item."""
         for stage, item in zip(super().stages(scenario), scenario):
-            yield replace(stage, data=replace(item.train_source, augment=None), epochs=1)
+            yield replace(stage, data=self.plain(item), epochs=1)
+
+    @staticmethod
+    def plain(item: Any) -> Source:
+        """Returns an item's training data without augmentation."""
+        return replace(item.train_source, augment=None)
 
     def after_task(self, item: Any, runtime: "Runtime") -> None:
         """Makes what predicts."""
