@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hubtransfer.data import Batch, TaskStream
 from hubtransfer.functional.distributions import softened_cross_entropy
+from hubtransfer.methods.class_portions import classes_of
 from hubtransfer.methods.earlier_model import EarlierModel
 from hubtransfer.methods.importance import need_classes
 from hubtransfer.methods.penalty import Penalty
@@ -116,7 +117,7 @@ class LwF(Penalty, name="lwf", config=LwFConfig):
         """Keeps the model as it is, and notes which classes are old and which come now."""
         if self._one_head:
             self.seen |= self.fresh
-            self.fresh.copy_(_classes(item, len(self.fresh)))
+            self.fresh.copy_(classes_of(item, len(self.fresh), type(self).__name__))
         if self.number > 0:
             self.before.hold(self.model)
 
@@ -160,16 +161,3 @@ class LwF(Penalty, name="lwf", config=LwFConfig):
             features = model.features(given, tuple(layers), shared[0])
             logits |= {name: model.logits(features, name, given) for name in shared}
         return tuple(logits[name] for name in names)
-
-
-def _classes(item: Any, width: int) -> Tensor:
-    """Which classes an item's training set has, bool (width,)."""
-    source = item.train_source
-    labels = source.table.labels(source.fields.labels)
-    if labels is None:
-        raise ValueError(
-            f"LwF needs to know which classes {source.where} has, but its labels cannot be read beforehand"
-        )
-    present = torch.zeros(width, dtype=torch.bool)
-    present[labels[labels >= 0].unique().long()] = True
-    return present
