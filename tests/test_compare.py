@@ -75,6 +75,23 @@ def test_tasks_as_columns_may_differ_in_metric(tmp_path: Path) -> None:
     assert "| [alone](two.yaml) | **75.0** | **50.0** |" in text
 
 
+def test_what_is_retained_by_tasks_learned(tmp_path: Path) -> None:
+    def stream(*rows: list[float]) -> dict[str, Any]:
+        return {"cells": [{"seed": 0, "overrides": {}, "numbers": {}, "stream": {"accuracy": list(rows)}}]}
+
+    forgets = stream([0.9, 0.1, 0.1], [0.5, 0.9, 0.2], [0.3, 0.3, 0.9])
+    (tmp_path / "a.results.json").write_text(json.dumps({"recipe": "a", **forgets}))
+    (tmp_path / "b.results.json").write_text(json.dumps({"recipe": "b", **stream([0.8, 0.8, 0.8])}))  # all at once
+    path = tmp_path / "both.md"
+    path.write_text(MARKS.format("{recipes: '[ab]', learned: [1, 2, 3]}"))
+    text = compare.render(path)
+    assert "by `tasks learned`" in text and "| recipe | 1 | 2 | 3 |" in text
+    assert "| [a](a.yaml) | **90.0** | **70.0** | 50.0 |" in text  # 0.9; (0.5 + 0.9) / 2; (0.3 + 0.3 + 0.9) / 3
+    assert text.index("| [b](b.yaml) |  |  | **80.0** |") < text.index("[a](a.yaml)")  # the best at the end first
+    cli_run(path)
+    assert path.with_suffix(".png").stat().st_size > 5_000
+
+
 def cli_run(document: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["compare", str(document)])
@@ -127,7 +144,7 @@ def test_tasks_as_columns_with_the_size_of_each_model(tmp_path: Path) -> None:
         ("{recipes: 'no_*', columns: data.limit}", "run those recipes first"),
         ("{recipes: '*_few', columns: data.size}", "no results of"),
         ("{recipes: '*_few', columns: data.limit, metric: acuracy}", "no results of"),
-        ("{recipes: '*_few'}", "no results of .* have 'accuracy' for tasks"),
+        ("{recipes: '*_few'}", "no results of .* have 'accuracy' for task"),
         ("{recipes: '*_few', column: data.limit}", "unknown key 'column'"),
         ("{recipes: '*_few', columns: data.limit, differences: [[KD, AT]]}", "unknown recipe 'AT'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ class Comparison:
     Attributes:
         recipes: pattern of recipes' names; their results files lie in the document's folder.
         columns: path of the grid whose values are the columns; none: the tasks are.
+        learned: the columns are these numbers of tasks that a stream has taught by then, and the number is the mean
+            accuracy on them: what is retained. In place of `columns`.
         metric: which number.
         also: metrics of tasks that do not have that one, by task; only where the tasks are the columns.
         parameters: whether a column shows how many parameters the model has, all tasks together.
@@ -35,12 +38,18 @@ class Comparison:
 
     recipes: str
     columns: str | None = None
+    learned: tuple[int, ...] = ()
     metric: str = "accuracy"
     also: Mapping[str, str] = field(default_factory=dict)
     parameters: bool = False
     percent: bool = True
     differences: tuple[tuple[str, str], ...] = ()
     picture: bool = True
+
+    @property
+    def across(self) -> str:
+        """What the columns are, in words."""
+        return "tasks learned" if self.learned else self.columns or "task"
 
 
 def run(path: str) -> None:
@@ -59,7 +68,7 @@ def run(path: str) -> None:
             _rows(document.parent, wanted),
             document.with_suffix(".png"),
             wanted.metric,
-            wanted.columns or "task",
+            wanted.across,
             _scale(wanted),
         )
 
@@ -75,7 +84,7 @@ def render(document: Path) -> str:
     rows = _rows(document.parent, wanted)
     body = [_table(rows, wanted), *_teachers(document.parent, wanted)]
     if wanted.picture:
-        body.append(f"![{wanted.metric} by {wanted.columns or 'task'}]({document.with_suffix('.png').name})")
+        body.append(f"![{wanted.metric} by {wanted.across}]({document.with_suffix('.png').name})")
     if wanted.differences:
         body.append(_difference_table(rows, wanted))
     made = "\n\n".join(body)
@@ -106,7 +115,7 @@ def _rows(folder: Path, wanted: Comparison) -> list[Row]:
         label = (document.get("headline") or {}).get("label") or document["recipe"]
         for cell in document["cells"]:
             changes = dict(cell["overrides"])
-            numbers = _columns(changes, cell["numbers"], wanted)
+            numbers = _retained(cell, wanted) if wanted.learned else _columns(changes, cell["numbers"], wanted)
             if not numbers:
                 continue
             changed = (f"{k.rpartition('.')[2]}={v}" for k, v in changes.items())
@@ -116,12 +125,19 @@ def _rows(folder: Path, wanted: Comparison) -> list[Row]:
             for column, number in numbers.items():
                 row.cells.setdefault(column, {})[cell["seed"]] = number
     if not found:
-        what = "tasks" if wanted.columns is None else f"values of {wanted.columns!r}"
+        what = f"values of {wanted.columns!r}" if wanted.columns else wanted.across
         raise ValueError(f"no results of {wanted.recipes} have {wanted.metric!r} for {what}")
-    if wanted.columns is None:
+    if wanted.columns is None and not wanted.learned:
         return list(found.values())
-    first = min(column for row in found.values() for column in row.cells)
-    return sorted(found.values(), key=lambda row: -row.mean(first))
+    leading = (max if wanted.learned else min)(column for row in found.values() for column in row.cells)
+    return sorted(found.values(), key=lambda row: -row.mean(leading))
+
+
+def _retained(cell: Mapping[str, Any], wanted: Comparison) -> dict[Any, float]:
+    """Mean accuracy on the tasks so far, by how many they are; of joint training, on all of them."""
+    rows = (cell.get("stream") or {}).get("accuracy", [])
+    after = {len(rows[0]): rows[0]} if len(rows) == 1 else dict(enumerate(rows, start=1))
+    return {count: math.fsum(after[count][:count]) / count for count in wanted.learned if count in after}
 
 
 def _columns(changes: dict[str, Any], numbers: Mapping[str, float], wanted: Comparison) -> dict[Any, float]:
@@ -148,7 +164,7 @@ def _table(rows: list[Row], wanted: Comparison) -> str:
     many = "-".join(map(str, sorted({seeds[0], seeds[-1]})))
     lines = [
         f"{wanted.metric.capitalize()}{' in %' if wanted.percent else ''}, mean over {many} seeds ± half of the 95 % "
-        f"interval, by `{wanted.columns or 'task'}`; the best of a column is bold.",
+        f"interval, by `{wanted.across}`; the best of a column is bold.",
         "",
         f"| recipe | {' | '.join([*map(str, columns), *(['parameters'] if wanted.parameters else [])])} |",
         "|---|" + "---:|" * (len(columns) + wanted.parameters),
