@@ -28,7 +28,14 @@ Kind = Literal["task", "class", "domain"]
 
 
 def permuted_tasks(
-    train: Any, evaluation: Any = None, *, tasks: int = 20, seed: int = 0, columns: Columns = None, name: str = ""
+    train: Any,
+    evaluation: Any = None,
+    *,
+    tasks: int = 20,
+    kind: Kind = "domain",
+    seed: int = 0,
+    columns: Columns = None,
+    name: str = "",
 ) -> TaskStream:
     """Every task has the images' pixels in a random order of its own, the first task too.
 
@@ -38,21 +45,22 @@ def permuted_tasks(
         train: images of one size with labels.
         evaluation: the like.
         tasks: number of tasks.
+        kind: ``"domain"``: one head for all; ``"task"``: every task has its own.
         seed: of the permutations.
         columns: renames, canonical name -> column.
         name: for messages and tables.
 
     Returns:
-        A stream of kind ``"domain"`` with tasks ``permuted-1`` ...
+        A stream with tasks ``permuted-1`` ...
 
     Raises:
-        ValueError: fewer than one task, or inputs that are no images of one size.
+        ValueError: fewer than one task, kind ``"class"``, or inputs that are no images of one size.
     """
     orders = []
     for number in range(_positive(tasks)):
         generator = torch.Generator().manual_seed(seed_of("permutation", seed, number))
         orders.append(lambda size, generator=generator: torch.randperm(math.prod(size), generator=generator))
-    return _rearranged(train, evaluation, orders, "permuted", columns, name)
+    return _rearranged(train, evaluation, orders, "permuted", kind, columns, name)
 
 
 def rotated_tasks(
@@ -61,6 +69,7 @@ def rotated_tasks(
     *,
     tasks: int = 20,
     max_angle: float = 180.0,
+    kind: Kind = "domain",
     seed: int = 0,
     columns: Columns = None,
     name: str = "",
@@ -76,21 +85,22 @@ def rotated_tasks(
         evaluation: the like.
         tasks: number of tasks.
         max_angle: in degrees.
+        kind: ``"domain"``: one head for all; ``"task"``: every task has its own.
         seed: of the angles.
         columns: renames, canonical name -> column.
         name: for messages and tables.
 
     Returns:
-        A stream of kind ``"domain"`` with tasks ``rotated-1`` ...
+        A stream with tasks ``rotated-1`` ...
 
     Raises:
-        ValueError: fewer than one task, or inputs that are no images of one size.
+        ValueError: fewer than one task, kind ``"class"``, or inputs that are no images of one size.
     """
     turns = []
     for number in range(_positive(tasks)):
         angle = angle_of(number, max_angle, seed)
         turns.append(lambda size, angle=angle: rotation(size[0], size[1], angle))
-    return _rearranged(train, evaluation, turns, "rotated", columns, name)
+    return _rearranged(train, evaluation, turns, "rotated", kind, columns, name)
 
 
 def angle_of(task: int, max_angle: float, seed: int) -> float:
@@ -267,8 +277,10 @@ def blurred_stream(tasks: TaskStream, *, blur: float = 0.0, seed: int = 0) -> Da
 
 
 def _rearranged(
-    train: Any, evaluation: Any, makers: Sequence[Any], what: str, columns: Columns, name: str
+    train: Any, evaluation: Any, makers: Sequence[Any], what: str, kind: Kind, columns: Columns, name: str
 ) -> TaskStream:
+    if kind == "class":
+        raise ValueError(f"{what} tasks have the same classes all along: their kind is 'domain' or 'task', not 'class'")
     sources = [Source.of(one, columns=columns, name=name or None) for one in (train, evaluation) if one is not None]
     for source in sources:
         if "pixel_values" not in source.fields.inputs:
@@ -280,7 +292,7 @@ def _rearranged(
         views = [Rearranged(source.table, source.fields.inputs["pixel_values"], origin) for source in sources]
         second = views[1] if len(views) > 1 else None
         items.append(SingleTask(views[0], second, columns=columns, name=f"{what}-{number}"))
-    return TaskStream(items, kind="domain", name=name or None)
+    return TaskStream(items, kind=kind, name=name or None)
 
 
 def _labels(source: Source) -> tuple[str, Tensor]:

@@ -79,6 +79,15 @@ def test_channels_of_a_pixel_stay_together():
     assert {tuple(pixel) for pixel in pixels(one)[0].reshape(-1, 3).tolist()} == before
 
 
+@pytest.mark.parametrize("make", [permuted_tasks, rotated_tasks])
+def test_every_task_may_have_a_head_of_its_own(make):
+    stream = make(images(), tasks=2, kind="task")
+    assert [task.task for task in stream] == [task.name for task in stream]
+    assert torch.equal(pixels(stream[1].train_source), pixels(make(images(), tasks=2)[1].train_source))
+    with pytest.raises(ValueError, match="the same classes all along.*not 'class'"):
+        make(images(), tasks=2, kind="class")
+
+
 @pytest.mark.parametrize("degrees", [0, 13.7, 90, 121.3, 180])
 def test_rotation_is_that_of_pil(degrees):
     from PIL import Image
