@@ -20,8 +20,9 @@ class TaskHistory:
 
     Attributes:
         columns: Name of each item of the stream -> its evaluation sets.
-        rows: After each item: `after`, its name; `values`, one a column; `seconds` of training; `bytes` that the method
-            keeps besides the model.
+        rows: After each item: `after`, its name; `values`, one a column; `curve`, pairs of steps so far and the
+            item's own value, before it was learned and at each look since; `seconds` of training; `bytes` that the
+            method keeps besides the model.
         baseline: Values before anything was learned.
     """
 
@@ -43,12 +44,16 @@ class TaskHistory:
                 columns[name] = [name] if len(sets) == 1 else [f"{name}/{key}" for key in sets]
         return TaskHistory(columns) if len(columns) == len(scenario) else None
 
-    def note(self, stage: Stage, data: TaskStream, metrics: dict[str, float], kept: int) -> None:
-        """Enters what was measured after a stage; a later stage of the same item takes the place of the row."""
+    def note(self, stage: Stage, data: TaskStream, metrics: dict[str, float], kept: int, step: int) -> None:
+        """Enters what was measured at a step; a later look at the same item takes the place of the row."""
         name = item_of(stage, data)
-        row = {"after": name, "values": self._values(metrics), "seconds": round(self.seconds, 3), "bytes": kept}
-        if self.rows and self.rows[-1]["after"] == name:
-            row["seconds"] = round(row["seconds"] + self.rows.pop()["seconds"], 3)
+        values = self._values(metrics)
+        row = {"after": name, "values": values, "curve": [], "seconds": round(self.seconds, 3), "bytes": kept}
+        before = self.rows[-1] if self.rows else None
+        if before is not None and before["after"] == name:
+            self.rows.pop()
+            row["seconds"] = round(row["seconds"] + before["seconds"], 3)
+        row["curve"] = self._curve(name, before, step, values)
         self.rows.append(row)
         self.seconds = 0.0
 
@@ -84,7 +89,11 @@ class TaskHistory:
         self.rows, self.baseline, self.seconds = plain["rows"], plain["baseline"], plain["seconds"]
 
     def record(self) -> dict[str, Any]:
-        """What results files and cards hold: tasks, matrix, baseline, seconds and bytes a task."""
+        """What results files and cards hold: tasks, matrix, baseline, seconds and bytes a task.
+
+        Learning curves are among them where a task was looked at while it was learned.
+        """
+        curves = [[[step, round(value, 6)] for step, value in row["curve"]] for row in self.rows]
         return {
             "tasks": list(self.columns),
             "after": [row["after"] for row in self.rows],
@@ -92,7 +101,21 @@ class TaskHistory:
             "baseline": self.baseline if self.baseline is None else [round(value, 6) for value in self.baseline],
             "seconds": [row["seconds"] for row in self.rows],
             "bytes": [row["bytes"] for row in self.rows],
+            **({"curves": curves} if any(len(curve) > 2 for curve in curves) else {}),
         }
+
+    def _curve(self, name: str, before: dict[str, Any] | None, step: int, values: list[float]) -> list[list[float]]:
+        """The learning curve of an item that was looked at once more."""
+        if name not in self.columns:
+            return []
+        own = list(self.columns).index(name)
+        if before is not None and before["after"] == name:
+            curve = [point for point in before["curve"] if point[0] != step]
+        elif before is not None:
+            curve = [[before["curve"][-1][0], before["values"][own]]] if before["curve"] else []
+        else:
+            curve = [] if self.baseline is None else [[0, self.baseline[own]]]
+        return [*curve, [step, values[own]]]
 
     def _values(self, metrics: dict[str, float]) -> list[float]:
         """One value an item: the first metric of its sets, averaged over them."""

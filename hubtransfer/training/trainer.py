@@ -270,7 +270,7 @@ class Trainer:
             self.history.stop()
         metrics, tables = self._metrics(brief=self.history is not None)
         if self.history is not None:
-            self.history.note(stage, self.scenario, metrics, kept_bytes(self.method))
+            self.history.note(stage, self.scenario, metrics, kept_bytes(self.method), self.cursor.total)
             metrics = self.history.metrics(metrics) | metrics
             self.history.start()
         self._evaluated = (self.cursor.total, metrics, tables)

@@ -56,6 +56,23 @@ def test_evaluating_along_the_stream_changes_nothing_that_is_trained(tmp_path):
             assert torch.equal(value, other.method.state_dict()[key])
 
 
+def test_a_tasks_learning_curve_is_what_was_measured_while_it_was_learned(tmp_path):
+    trainer, result = trained(tmp_path, evaluate=2)
+    found, looks = result.record["stream"], []
+    for line in (trainer.folder / "log.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "metrics" in row:
+            looks.append((row["stage"], row["total"], row["metrics"]))
+    for number, task in enumerate(found["tasks"]):
+        before = found["baseline"] if number == 0 else found["accuracy"][number - 1]
+        measured = {at: metrics[f"{task}/accuracy"] for stage, at, metrics in looks if stage == task}
+        assert list(measured) == [4 * number + 2, 4 * number + 4]
+        steps, values = zip(*found["curves"][number])
+        assert list(steps) == [4 * number, *measured]
+        assert values == pytest.approx([before[number], *measured.values()], abs=1e-6)
+    assert "curves" not in trained(tmp_path / "stage")[1].record["stream"]
+
+
 def test_every_way_to_evaluate_gives_the_same_matrix(tmp_path):
     matrices = [trained(tmp_path, evaluate=when)[1].record["stream"]["accuracy"] for when in ("stage", "epoch", 3, 1)]
     assert all(matrix == matrices[0] for matrix in matrices)
@@ -71,8 +88,8 @@ def test_a_resumed_run_has_the_whole_matrix(evaluate, tmp_path):
             SequentialFineTune(model_for(stream)), stream, arguments(tmp_path / "again", steps=2, evaluate=evaluate)
         )
         again = trainer.train(resume=str(folder)).record["stream"]
-        for key in ("accuracy", "baseline", "after", "bytes"):
-            assert again[key] == whole.record["stream"][key], folder.name
+        for key in ("accuracy", "baseline", "after", "bytes", "curves"):
+            assert again.get(key) == whole.record["stream"].get(key), folder.name
 
 
 def test_a_changed_order_of_tasks_is_refused_at_resume(tmp_path):
