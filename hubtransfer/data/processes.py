@@ -17,6 +17,13 @@ def rank() -> int:
     return torch.distributed.get_rank() if world() > 1 else 0
 
 
+def from_process(source: int, tensor: Tensor) -> Tensor:
+    """Returns a tensor of process `source`; the others give one of the same shape and type, which is filled."""
+    if world() > 1:
+        torch.distributed.broadcast(tensor, source)
+    return tensor
+
+
 def everywhere(tensor: Tensor) -> Tensor:
     """Returns the rows of all processes, which have equally many, in the order of the processes."""
     if world() == 1:

@@ -12,7 +12,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+
+from hubtransfer.data.processes import everywhere, from_process, world
 
 if TYPE_CHECKING:
     from hubtransfer.data import Batch
@@ -138,6 +142,21 @@ class OutputCache(nn.Module):
             tensor[rows] = output.detach().to(tensor)
         table.known[index] = True
 
+    @torch.no_grad()
+    def share(self) -> None:
+        """Tells the other processes the rows they lack; all of them have to call it, with the same module, at one time.
+
+        Each process sees another share of the examples in each epoch: once all have shared the rows of the first, none
+        computes a row that another one knows. What only some of them keep stays theirs.
+        """
+        if world() == 1:
+            return
+        tables = {key: table for key, table in self._tables.items() if table is not None}
+        forms: list[dict[str, str]] = gather_object([{key: table.form() for key, table in tables.items()}])
+        for key in sorted(forms[0]):
+            if all(each.get(key) == forms[0][key] for each in forms):
+                tables[key].share()
+
     def clear(self) -> None:
         """Forgets what it holds."""
         self._tables.clear()
@@ -190,6 +209,23 @@ class _Table:
         self.tensors = tensors
         self.on_disk = on_disk
         self.known = torch.zeros(rows, dtype=torch.bool)
+
+    def form(self) -> str:
+        """Shapes and types, which processes have to agree on."""
+        return str([(tensor.dtype, tuple(tensor.shape)) for tensor in self.tensors])
+
+    def share(self, at_once: int = 1024) -> None:
+        """Fills in rows that other processes know, so many at a time, each from the first process that knows it."""
+        device = PartialState().device  # where processes talk to one another
+        known = everywhere(self.known.to(device, torch.uint8)[None]).cpu().bool()
+        told = known.any(0) & ~known.all(0)
+        first = known.int().argmax(0)
+        for source in range(world()):
+            for rows in (told & (first == source)).nonzero()[:, 0].split(at_once):
+                for tensor in self.tensors:
+                    place = rows.to(tensor.device)
+                    tensor[place] = from_process(source, tensor[place].to(device)).to(tensor)
+        self.known |= told
 
 
 def _on_disk(shape: Sequence[int], dtype: torch.dtype, folder: str | PathLike[str]) -> Tensor:

@@ -17,7 +17,7 @@ from hubtransfer.data import Loader, Memory, Source
 from hubtransfer.methods.method import Method
 from hubtransfer.methods.stage import Stage
 from hubtransfer.methods.update import AnyBatch, Terms
-from hubtransfer.models import card
+from hubtransfer.models import OutputCache, card
 from hubtransfer.models.record import attach
 from hubtransfer.training import checkpoint
 from hubtransfer.training.arguments import TrainingArguments
@@ -182,6 +182,7 @@ class Trainer:
                 if _due(self.arguments.save, cursor.step) and cursor.step % per_epoch and cursor.step < total:
                     self._save(where, stage, per_epoch)
             self._log(stage, per_epoch, where)
+            self._share_outputs()
             if loader.steps_per_epoch is None and cursor.step < total:
                 if cursor.step == 0:
                     raise ValueError(f"{where}: the stream gave no batch")
@@ -197,6 +198,12 @@ class Trainer:
             due = self.arguments.save == "epoch" or _due(self.arguments.save, cursor.step)
             if due and cursor.step < total:
                 self._save(where)
+
+    def _share_outputs(self) -> None:
+        """Tells the other processes what this one had a frozen network compute, for in the next epoch it is theirs."""
+        for module in self.method.modules():
+            if isinstance(module, OutputCache):
+                module.share()
 
     def _step(self, stage: Stage, batch: AnyBatch) -> Terms:
         if len(stage.updates) == 1:
