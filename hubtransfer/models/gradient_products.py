@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
+from hubtransfer.functional.second_order import twice_differentiable
 from hubtransfer.models.linear_traces import NotThisWay, check_sums, trace
 from hubtransfer.models.model import TransferModel
 
@@ -123,7 +124,8 @@ class GradientsOfExamples:
             return self.losses(logits, label[None])[0]
 
         fixed = {name: p.detach() for name, p in parameters.items()}
-        found = vmap(grad(loss), (None, 0, 0))(fixed, dict(inputs), labels)
+        with twice_differentiable():  # fused attention would run one example after another
+            found = vmap(grad(loss), (None, 0, 0))(fixed, dict(inputs), labels)
         return {name: (gradient.flatten(1), None) for name, gradient in found.items()}
 
     def _one_by_one(
