@@ -10,6 +10,7 @@ from hubtransfer import experiment
 from hubtransfer.commands import display
 from hubtransfer.evaluation import report
 from hubtransfer.evaluation.multitask import first_metrics, relative_gain
+from hubtransfer.evaluation.stream_metrics import transfer_scores
 
 
 def run(path: str, as_json: bool, baselines: Sequence[str] = (), plots: str | None = None) -> None:
@@ -35,6 +36,8 @@ def run(path: str, as_json: bool, baselines: Sequence[str] = (), plots: str | No
     tables = {name: experiment.summarise(records) for name, records in cells.items()}
     for name, records in cells.items() if baselines else ():
         tables[name] += gains(records, single_task(baselines, records))
+    for name, records in cells.items():
+        tables[name] += scores(records)
     alone = {str(folder): report.read_run(folder) for folder in runs}
     gained = {
         name: relative_gain(report.numbers(found.record), report.mean_numbers(single_task(baselines, ())))
@@ -96,6 +99,17 @@ def gains(records: Sequence[Mapping[str, Any]], single: Sequence[Mapping[str, fl
     return experiment.summarise(measured)
 
 
+def scores(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the transfer scores of streams, relative to streams of the same seed that begin with the task."""
+    measured = []
+    for seed in dict.fromkeys(cell["seed"] for cell in records):
+        mine = [cell for cell in records if cell["seed"] == seed and "stream" in cell]
+        for cell, found in zip(mine, transfer_scores([cell["stream"] for cell in mine])):
+            if found:
+                measured.append({**cell, "numbers": {f"transfer_score/{task}": value for task, value in found.items()}})
+    return experiment.summarise(measured)
+
+
 def draw_pareto(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Draws what the rows of a results file reach at two tasks.
 
@@ -126,7 +140,7 @@ def show(rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
     """Prints rows of ``experiment.summarise``."""
     cells = [
         (
-            _label(row["overrides"]),
+            row.get("name") or _label(row["overrides"]),
             row["metric"],
             f"{row['mean']:.4f}",
             "" if row["interval"] is None else f"{row['interval'][0]:.4f} to {row['interval'][1]:.4f}",

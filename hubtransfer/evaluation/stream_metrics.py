@@ -10,7 +10,8 @@ than columns while a stream is under way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -84,6 +85,31 @@ def transfer_score(curve: Sequence[float], reference: Sequence[float]) -> float:
     if base <= 0:
         raise ValueError(f"the reference's area is {base}; a ratio to it says nothing")
     return area / base
+
+
+def transfer_scores(streams: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Returns for each stream the transfer scores of the tasks that came after another one, by task.
+
+    The reference is the mean learning curve of the streams that begin with the task; tasks with none are left out, and
+    so are curves of another length.
+
+    Args:
+        streams: What records hold of streams: ``tasks`` and ``curves``, pairs of step and accuracy.
+    """
+    alone: dict[str, list[list[float]]] = {}
+    for stream in streams:
+        if stream.get("curves"):
+            alone.setdefault(stream["tasks"][0], []).append([value for _, value in stream["curves"][0]])
+    found = []
+    for stream in streams:
+        scores = {}
+        for task, curve in list(zip(stream["tasks"], stream.get("curves", ())))[1:]:
+            values = [value for _, value in curve]
+            references = [other for other in alone.get(task, ()) if len(other) == len(values)]
+            if references and len(values) > 1:
+                scores[task] = transfer_score(values, np.mean(references, 0).tolist())
+        found.append(scores)
+    return found
 
 
 def stream_metrics(matrix: Matrix, baseline: Sequence[float] | None = None) -> dict[str, float]:

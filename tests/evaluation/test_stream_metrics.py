@@ -1,8 +1,11 @@
 """Metrics of the accuracy matrix, by hand; pictures and tables of it."""
 
+import json
+
 import pytest
 from PIL import Image
 
+from hubtransfer.commands import report as report_command
 from hubtransfer.evaluation.report import Run, sections
 from hubtransfer.evaluation.stream_metrics import (
     average_accuracy,
@@ -11,6 +14,7 @@ from hubtransfer.evaluation.stream_metrics import (
     forward_transfer,
     stream_metrics,
     transfer_score,
+    transfer_scores,
 )
 from hubtransfer.evaluation.stream_plots import accuracy_matrix, retention
 
@@ -44,6 +48,36 @@ def test_transfer_score_is_a_ratio_of_areas():
         transfer_score([0, 1], [0, 1, 1])
     with pytest.raises(ValueError, match="a ratio to it says nothing"):
         transfer_score([0, 1], [0, 0])
+
+
+def curve(*values):
+    return [[20 * step, value] for step, value in enumerate(values)]
+
+
+def test_transfer_scores_of_streams_relative_to_those_that_begin_with_the_task():
+    streams = [
+        {"tasks": ["a", "b"], "curves": [curve(0, 0.5, 1), curve(0, 1, 1)]},
+        {"tasks": ["b", "a"], "curves": [curve(0, 0.5, 1), curve(0, 0.25, 0.5)]},
+        {"tasks": ["b", "c"], "curves": [curve(0, 0.25, 0.5), curve(0, 1, 1)]},
+        {"tasks": ["a", "b"], "after": ["a", "b"]},  # nobody looked while it learned
+    ]
+    # b alone: mean of the areas 1 and 1/2 (in steps of one look); b after a: 3/2; a alone: 1, after b: 1/2
+    assert transfer_scores(streams) == [{"b": pytest.approx(2)}, {"a": pytest.approx(0.5)}, {}, {}]
+
+
+def test_a_results_file_is_reported_with_its_transfer_scores(tmp_path, capsys):
+    cells = [
+        {"key": "1", "seed": 0, "overrides": {"x": 1}, "name": "a then b", "numbers": {"average_accuracy": 0.5},
+         "stream": {"tasks": ["a", "b"], "curves": [curve(0, 0.5, 1), curve(0, 1, 1)]}},
+        {"key": "2", "seed": 0, "overrides": {"x": 2}, "name": "b then a", "numbers": {"average_accuracy": 0.5},
+         "stream": {"tasks": ["b", "a"], "curves": [curve(0, 0.5, 1), curve(0, 0.5, 1)]}},
+    ]  # fmt: skip
+    file = tmp_path / "pairs.results.json"
+    file.write_text(json.dumps({"cells": cells}))
+    report_command.run(str(file), as_json=True)
+    rows = json.loads(capsys.readouterr().out)[str(file)]
+    found = {(row["name"], row["metric"]): row["mean"] for row in rows if row["metric"].startswith("transfer")}
+    assert found == {("a then b", "transfer_score/b"): 1.5, ("b then a", "transfer_score/a"): 1.0}
 
 
 def test_too_few_tasks_are_named():
