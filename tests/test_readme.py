@@ -59,6 +59,28 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "Prediction(" in capsys.readouterr().out
 
 
+def test_the_other_ways_to_learn_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HUBTRANSFER_OFFLINE", "1")
+    quick = (
+        python_blocks()[1]
+        .replace("image_size=64", "image_size=32")
+        .replace("epochs=2", "steps=2")
+        .replace("limit=320", "limit=64")
+    )
+    for name in ("resnet18", "resnet10t"):
+        quick = quick.replace(name, "test_resnet")
+    for name in ("data", "pairs"):
+        quick = quick.replace(f"{name}.test", f"{{k: v[::25] for k, v in {name}.test.items()}}")
+    assert sum(quick.count(new) for new in ("image_size=32", "steps=2", "limit=64", "v[::25]", "test_resnet")) == 11
+    exec(compile(quick, "README.md", "exec"), {})
+    printed = re.findall(r"^([0-9.]+) (-?[0-9.]+)$", capsys.readouterr().out, flags=re.MULTILINE)
+    ((average, forgetting),) = printed
+    assert 0 <= float(average) <= 1 and -1 <= float(forgetting) <= 1
+
+
 def test_the_example_is_short() -> None:
     assert len([line for line in python_blocks()[0].splitlines() if line.strip()]) <= 17
 
@@ -72,7 +94,7 @@ def test_the_method_of_the_readme_trains(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     module = types.ModuleType("readme")
     monkeypatch.setitem(sys.modules, "readme", module)
-    exec(compile(python_blocks()[1], "README.md", "exec"), module.__dict__)
+    exec(compile(python_blocks()[2], "README.md", "exec"), module.__dict__)
     arguments = TrainingArguments(steps=2, batch_size=8, save="no", progress=False, plots=False)
     result = Trainer(module.Confident(tiny_model(), beta=0.2), SingleTask(tiny_data()), arguments).train()
     assert result.steps == 2
