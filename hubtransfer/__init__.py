@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         DataStream as DataStream,
         DomainPair as DomainPair,
         GradientBased as GradientBased,
+        Hardest as Hardest,
         Herding as Herding,
         Mixing as Mixing,
         MixUp as MixUp,
@@ -69,8 +70,8 @@ __version__ = "0.1.0"
 # The same names as above, for the interpreter (tests/test_import.py holds the two together).
 _HOME = {
     "hubtransfer.backbones": "Backbone Features",
-    "hubtransfer.data": "Augment Batch ClassBalanced DataStream DomainPair GradientBased Herding Mixing MixUp "
-    "MultiTask Reservoir Ring SingleTask TaskStream blurred_stream domain_tasks load_data permuted_tasks "
+    "hubtransfer.data": "Augment Batch ClassBalanced DataStream DomainPair GradientBased Hardest Herding "
+    "Mixing MixUp MultiTask Reservoir Ring SingleTask TaskStream blurred_stream domain_tasks load_data permuted_tasks "
     "rotated_tasks split_tasks",
     "hubtransfer.methods": "Method OptimizerConfig",
     "hubtransfer.methods.finetuning": "FineTune",

@@ -5,7 +5,7 @@ from hubtransfer.data.augment import Augment, MixUp
 from hubtransfer.data.batch import Batch, Streams
 from hubtransfer.data.loader import Loader
 from hubtransfer.data.memory import Memory, MemoryConfig, Replay
-from hubtransfer.data.memory_kinds import ClassBalanced, GradientBased, Herding, Reservoir, Ring
+from hubtransfer.data.memory_kinds import ClassBalanced, GradientBased, Hardest, Herding, Reservoir, Ring
 from hubtransfer.data.mixing import Mixing, Mixture
 from hubtransfer.data.scenario import DataStream, DomainPair, MultiTask, SingleTask, TaskStream
 from hubtransfer.data.source import Source
@@ -20,6 +20,7 @@ __all__ = [
     "DataStream",
     "DomainPair",
     "GradientBased",
+    "Hardest",
     "Herding",
     "Loader",
     "Memory",

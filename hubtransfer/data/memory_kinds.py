@@ -117,6 +117,22 @@ class GradientBased(MemoryConfig):
         return _GradientBased(self, processor)
 
 
+@dataclass(frozen=True)
+class Hardest(MemoryConfig):
+    """The examples with the highest loss: each is added with its loss; `memory.update(slots, loss=...)` renews it.
+
+    Adding costs O(size), for all losses are compared.
+
+    Source: https://arxiv.org/abs/1812.03596, section 3 (the hard buffer).
+    """
+
+    kind: ClassVar[str] = "hardest"
+
+    def build(self, processor: Processor | None = None) -> Memory:
+        """Makes the memory."""
+        return _Hardest(self, processor)
+
+
 class _Reservoir(Memory):
     def choose(self, count: int, labels: Tensor, task: int, kept: Mapping[str, Tensor]) -> np.ndarray:
         numbers = np.arange(self.seen, self.seen + count)  # of the examples: so many were seen before each
@@ -265,4 +281,19 @@ class _GradientBased(Memory):
                     slots[row] = place
             if slots[row] >= 0:
                 held[slots[row]] = score
+        return slots
+
+
+class _Hardest(Memory):
+    def choose(self, count: int, labels: Tensor, task: int, kept: Mapping[str, Tensor]) -> np.ndarray:
+        if "loss" not in kept:
+            raise ValueError("Hardest chooses by loss: memory.add(batch, loss=...), one number an example")
+        held = self._columns()["kept_loss"][: self.filled].double().cpu().numpy() if self.filled else np.empty(0)
+        losses = np.concatenate([held, kept["loss"].double().cpu().numpy()])
+        stays = np.zeros(len(losses), dtype=bool)
+        stays[np.argsort(-losses, kind="stable")[: self.size]] = True  # of equals those that are here already
+        before, self.filled = self.filled, min(self.size, len(losses))
+        places = np.concatenate([np.flatnonzero(~stays[:before]), np.arange(before, self.size)])
+        slots, chosen = np.full(count, -1), np.flatnonzero(stays[before:])
+        slots[chosen] = places[: len(chosen)]
         return slots

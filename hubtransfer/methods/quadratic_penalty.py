@@ -42,12 +42,7 @@ class QuadraticPenalty(Penalty):
         """Returns the scalar `penalty`, once a task has been learned."""
         if not self.importance:
             return {}
-        parts = []
-        for name, parameter in self.model.named_parameters():
-            if name in self.importance:
-                moved = parameter - self.anchor.like(name, parameter)
-                parts.append((self.importance.like(name, parameter) * moved * moved).sum())
-        return {"penalty": self.scale * torch.stack(parts).sum()}
+        return {"penalty": self.scale * weighted_distance(self.model, self.importance, self.anchor)}
 
     @abstractmethod
     def after_task(self, item: Any, runtime: "Runtime") -> None:
@@ -58,3 +53,13 @@ class QuadraticPenalty(Penalty):
         self.importance.keep(importance)
         values = dict(self.model.named_parameters())
         self.anchor.keep({name: values[name] for name in importance})
+
+
+def weighted_distance(model: TransferModel, importance: ParameterState, anchor: ParameterState) -> Tensor:
+    r"""Returns :math:`\sum_j \Omega_j (\theta_j - \theta^*_j)^2`, over the parameters that have an importance."""
+    parts = []
+    for name, parameter in model.named_parameters():
+        if name in importance:
+            moved = parameter - anchor.like(name, parameter)
+            parts.append((importance.like(name, parameter) * moved * moved).sum())
+    return torch.stack(parts).sum()

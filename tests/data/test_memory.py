@@ -12,6 +12,7 @@ from hubtransfer.data import (
     Batch,
     ClassBalanced,
     GradientBased,
+    Hardest,
     Herding,
     Loader,
     MemoryConfig,
@@ -101,6 +102,20 @@ def test_herding_keeps_the_first_of_each_class_and_drops_the_last():
     assert kept_numbers(memory) == [0, 1, 2, 10, 11, 12]
     memory.add(numbered(20, 5, torch.full((5,), 2)))
     assert kept_numbers(memory) == [0, 1, 10, 11, 20, 21]
+
+
+def test_the_hardest_stay_and_a_loss_may_be_renewed():
+    memory = Hardest(3).build()
+    memory.add(numbered(0, 2), loss=torch.tensor([1.0, 5.0]))
+    memory.add(numbered(10, 3), loss=torch.tensor([2.0, 0.5, 3.0]))
+    assert kept_numbers(memory) == [1, 10, 12]
+    slots = torch.arange(3)
+    memory.update(slots, loss=torch.tensor([0.1, 2.0, 0.2]))  # whatever lies in slot 1 is the hardest now
+    hardest = int(memory.at(slots[1:2]).inputs["pixel_values"].flatten()[0])
+    memory.add(numbered(20, 2), loss=torch.tensor([1.0, 1.0]))
+    assert kept_numbers(memory) == sorted([hardest, 20, 21])
+    with pytest.raises(ValueError, match=r"Hardest chooses by loss: memory.add\(batch, loss=...\)"):
+        Hardest(2).build().add(numbered(0, 2))
 
 
 def test_a_class_balanced_memory_keeps_rare_classes_whole():
