@@ -1,6 +1,7 @@
 """Models: a backbone with named tasks, each with a head and a patch; teachers; saving and sharing."""
 
 from hubtransfer.models.cache import OutputCache
+from hubtransfer.models.evidence_head import EvidenceHead
 from hubtransfer.models.growth import register_growth
 from hubtransfer.models.heads import ClassificationHead, DenseHead, HeadConfig, MultiLabelHead, RegressionHead
 from hubtransfer.models.inherit import Inherited, initialise_from_teacher
@@ -17,6 +18,7 @@ from hubtransfer.models.units import linear_chain
 __all__ = [
     "ClassificationHead",
     "DenseHead",
+    "EvidenceHead",
     "HeadConfig",
     "Inherited",
     "MultiLabelHead",

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from hubtransfer.functional.generative import gradient_penalty, negative_evidence_bound
+from hubtransfer.functional.generative import gaussian_evidence_bound, gradient_penalty, negative_evidence_bound
 
 
 def test_the_bound_is_the_likelihood_where_the_code_tells_nothing():
@@ -12,6 +12,17 @@ def test_the_bound_is_the_likelihood_where_the_code_tells_nothing():
     logits = torch.tensor([[math.log(1 / 3), 0.0]])  # probabilities 0.25 and 0.5
     bound = negative_evidence_bound(torch.tensor([[1.0, 1.0]]), logits, torch.zeros(1, 3), torch.zeros(1, 3))
     torch.testing.assert_close(bound, torch.tensor([math.log(8)]))
+
+
+def test_pixels_of_unit_gaussians_are_torchs_own():
+    random = torch.Generator().manual_seed(0)
+    inputs, mean, log_variance = (torch.randn(4, 5, generator=random, dtype=torch.float64) for _ in range(3))
+    decoded = torch.randn(4, 3, 5, generator=random, dtype=torch.float64)
+    likelihood = torch.distributions.Normal(decoded, 1).log_prob(inputs[:, None]).sum(2).mean(1)
+    code, prior = torch.distributions.Normal(mean, (log_variance / 2).exp()), torch.distributions.Normal(0.0, 1.0)
+    divergence = torch.distributions.kl_divergence(code, prior).sum(1)
+    bound = gaussian_evidence_bound(inputs, decoded, mean, log_variance)
+    torch.testing.assert_close(bound, likelihood - divergence)
 
 
 def test_the_divergence_is_torchs_own():

@@ -1,0 +1,315 @@
+"""The continual neural Dirichlet process mixture (Lee et al., 2020)."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hubtransfer.data import Batch, Ring, Source, TaskStream
+from hubtransfer.data.noise import Noise
+from hubtransfer.data.processes import everywhere, world
+from hubtransfer.data.seeds import seed_of, seeded
+from hubtransfer.data.table_views import Rows
+from hubtransfer.methods.continual_method import ContinualMethod
+from hubtransfer.methods.importance import need_classes
+from hubtransfer.methods.scholar import need_one_shape, span_of
+from hubtransfer.methods.stage import OptimizerConfig, Stage
+from hubtransfer.methods.update import Accumulate, Descend, Terms
+from hubtransfer.models import EvidenceHead, TransferModel
+from hubtransfer.patches import ColumnConfig
+
+if TYPE_CHECKING:
+    from hubtransfer.training.runtime import Runtime
+
+NEW = "new expert inputs"
+LEAST_SHARE = 0.1
+"""Examples of a batch that an expert needs, in sum of its shares, to take a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CNDPMConfig:
+    """Hyper-parameters of `CNDPM`.
+
+    Attributes:
+        log_alpha: Logarithm of the concentration: how readily an example is called new.
+        memory: Examples in the short-term memory that make it fall asleep, at the end of a portion.
+        portion: Examples of the stream between two looks at the memory (default: as many as fill it).
+        generator_steps: Steps in which a new expert's autoencoder learns from the memory.
+        classifier_steps: The like for its classifier.
+        sleep_batch: Examples of each of these steps, of all processes together.
+        chill: Temperature of the classifiers where experts compete for an example: small lets labels decide.
+        generator_lr: Learning rate of Adam for autoencoders.
+        classifier_lr: The like for classifiers.
+        hidden: Units of the autoencoders' hidden layers.
+        latent: Numbers of their codes.
+        samples: Codes drawn for an input.
+    """
+
+    log_alpha: float = -400.0
+    memory: int = 500
+    portion: int | None = None
+    generator_steps: int = 8000
+    classifier_steps: int = 2000
+    sleep_batch: int = 50
+    chill: float = 0.01
+    generator_lr: float = 4e-4
+    classifier_lr: float = 1e-4
+    hidden: tuple[int, ...] = (64, 64)
+    latent: int = 16
+    samples: int = 16
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            ValueError: naming the field and what it may be.
+        """
+        EvidenceHead(1, hidden=self.hidden, latent=self.latent, samples=self.samples)
+        for name in ("memory", "generator_steps", "classifier_steps", "sleep_batch", "portion"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("chill", "generator_lr", "classifier_lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+class CNDPM(ContinualMethod, name="cn_dpm", config=CNDPMConfig):
+    r"""A mixture that grows: each expert knows how likely an input is, and what its class is.
+
+    .. math:: p(y | x) \propto \sum_k n_k\, p_k(x)\, p_k(y | x), \qquad
+       z(x, y) = \arg\max_k \begin{cases} n_k\, p_k(x)\, p_k(y | x)^{1 / \tau} & k = 1 \dots K \\
+       \alpha\, p_0(x) & \text{new} \end{cases}
+
+    with p_k(x) an expert's autoencoder (its evidence lower bound), p_k(y | x) its classifier, n_k how many examples it
+    has learned, and p_0 an autoencoder that never learned. Awake, an example that is new goes into a short-term memory;
+    any other one trains the experts, each by its share n_k p_k(x) p_k(y | x). Once the memory is full, it falls asleep:
+    a new expert learns from the memory, which is then emptied. The first expert's classifier is the model's trunk and
+    head, each later one a column that hears the earlier ones (`ColumnConfig`); all is saved in the model. Boundaries
+    are neither needed nor used: streams of kind "class" and "domain", a blurred one too; images or vectors of one size.
+
+    Args:
+        model: The model, with one head of classes; it gets the experts.
+        task: Task of that head (default: the active one).
+
+    Differs from the paper: whether to sleep is asked after each portion, so that the memory may hold more than its
+    size; autoencoders do not share layers; optimisers start afresh with each portion; examples on their way into the
+    memory count for no expert (the authors' code counts them).
+
+    Source: https://arxiv.org/abs/2001.00689, section 3, equations 3 to 6, algorithm 1.
+    """
+
+    paper = "Lee 2020"
+    source = "https://arxiv.org/abs/2001.00689"
+    citation = """@inproceedings{lee2020neural,
+  title = {A Neural {Dirichlet} Process Mixture Model for Task-Free Continual Learning},
+  author = {Lee, Soochan and Ha, Junsoo and Zhang, Dongsu and Kim, Gunhee},
+  booktitle = {International Conference on Learning Representations},
+  year = {2020}
+}"""
+
+    learned_by: Tensor
+
+    def __init__(self, model: TransferModel, task: str | None = None, **config: Any) -> None:
+        super().__init__(model, self.configure(config), task=task)
+        chosen = self.config
+        self.size, self.noise = math.prod(need_one_shape(self)), Noise()
+        self.portion = chosen.portion or chosen.memory
+        self.memory = Ring(chosen.memory + self.portion, groups=1).build(model.processor)
+        self.register_buffer("learned_by", torch.zeros(0))  # n, of each expert
+        self.usage = torch.zeros(0)
+        if NEW not in model.tasks:
+            self.add_density(NEW, 0)
+
+    # -------------------------------------------------------------------------------------------------- experts
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the tasks that are the experts' classifiers."""
+        return [self.task, *(f"expert-{k}" for k in range(1, len(self.learned_by)))][: len(self.learned_by)]
+
+    def add_density(self, name: str, number: int) -> None:
+        """Gives the model an autoencoder."""
+        chosen = self.config
+        head = EvidenceHead(self.size, hidden=chosen.hidden, latent=chosen.latent, samples=chosen.samples)
+        with seeded(seed_of("autoencoder", number)):
+            self.model.add_task(name, head).set_task(self.task)
+
+    def add_expert(self) -> None:
+        """Gives the model another expert, which has learned nothing yet."""
+        number, earlier = len(self.learned_by), self.experts
+        self.learned_by = F.pad(self.learned_by, (0, 1))
+        if number > 0:
+            first = self.model.tasks[self.task].head
+            with seeded(seed_of("expert", number)):
+                patch = ColumnConfig(columns=tuple(earlier[1:]), seed=number)
+                self.model.add_task(f"expert-{number}", first, patch=patch).set_task(self.task)
+        self.add_density(f"{self.experts[-1]} inputs", number + 1)
+
+    def groups(self) -> dict[str, Any]:
+        """The newest expert's classifier, `model`, and autoencoder, `generator`; and both of each expert, by its name.
+
+        The parts that an expert hears of earlier ones are not among its own.
+        """
+        if not self.experts:
+            return super().groups()
+        scale, model = self.config.generator_lr / self.config.classifier_lr, self.model
+        classifiers = [model.trainable("patch" if name in model.patches else "all", name) for name in self.experts]
+        densities = [list(self.density(f"{name} inputs").parameters()) for name in self.experts]
+        both = [[*one, {"params": two, "lr_scale": scale}] for one, two in zip(classifiers, densities)]
+        return {"model": classifiers[-1], "generator": densities[-1], **dict(zip(map(_group, self.experts), both))}
+
+    def checked(self, scenario: TaskStream) -> list[Any]:
+        """Checks that the stream has a length, and one head of classes."""
+        items = need_classes(self, super().checked(scenario), "an expert")
+        if scenario.kind == "task":
+            raise ValueError("CNDPM finds an example's expert itself; make the stream of kind 'class' or 'domain'")
+        for item in items:
+            if item.train_source.iterable:
+                raise ValueError(f"CNDPM reads {item.train_source.where} in portions, which needs data of known length")
+        return items
+
+    def stages(self, scenario: TaskStream) -> Iterator[Stage]:
+        """For each portion a wake stage, and two of sleep when the memory is full."""
+        chosen, full = self.config, self.is_full
+        adam = {"generator": _adam(chosen.generator_lr)}, {"model": _adam(chosen.classifier_lr)}
+        for item in self.checked(scenario):
+            for number, data in enumerate(self.portions(item)):
+                name, begin = f"{item.name}/{number}", partial(self.begin, item) if number == 0 else None
+                awake: list[Any] = [Accumulate(self.place)]
+                for k, expert in enumerate(self.experts):
+                    loss, when = partial(self.share_loss, k), partial(self.learns, k)
+                    awake.append(Descend(loss, trains=_group(expert), when=when))
+                adams = {_group(expert): _adam(chosen.classifier_lr) for expert in self.experts}
+                yield Stage(f"{name} awake", data, awake, epochs=1, enter=begin, optimizers=adams)
+                see, tell = [Descend(self.generator_loss, trains="generator")], [Descend(self.classifier_loss)]
+                steps, grow = chosen.generator_steps, self.fall_asleep
+                yield Stage(f"{name} asleep, inputs", data, see, None, steps, None, grow, None, full, adam[0])
+                steps, end = chosen.classifier_steps, self.wake_up
+                yield Stage(f"{name} asleep, labels", data, tell, None, steps, None, None, end, full, adam[1])
+
+    def portions(self, item: Any) -> Iterator[Source]:
+        """Yields an item's data in portions, in random order unless they are a stream."""
+        source = item.train_source
+        order = torch.arange(len(source.table))
+        if source.shuffle:
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed_of("portions", item.name)))
+        for rows in order.split(self.portion):
+            yield replace(source, dataset=Rows(source.table, rows), shuffle=False)
+
+    def before_task(self, item: Any, runtime: "Runtime") -> None:
+        """Scales inputs as those of the first item lie."""
+        if self.number == 0:
+            self.noise.seed = runtime.arguments.seed
+            self.density(NEW).span.copy_(span_of(self, item, runtime))
+
+    def density(self, name: str) -> Any:
+        """Returns an autoencoder."""
+        return self.model.heads[name]
+
+    # ------------------------------------------------------------------------------------------- awake, and asleep
+
+    def evidence(self, inputs: Tensor) -> Tensor:
+        """Returns ln p_k(x) of each expert, (batch, experts)."""
+        return torch.stack([self.density(f"{name} inputs")(inputs) for name in self.experts], 1)
+
+    def answers(self, batch: Batch) -> Tensor:
+        """Returns ln p_k(y | x) of each expert, (batch, experts, classes)."""
+        logits = torch.stack([self.model(**batch.inputs, task=name).logits for name in self.experts], 1)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(2)
+
+    @torch.no_grad()
+    def judged(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Says which examples are new, bool (batch,), whose the others are, (batch, experts), and ln of the maximum."""
+        inputs, labels = batch.inputs["pixel_values"], self.labels(batch)
+        new = self.config.log_alpha + self.density(NEW)(inputs)
+        if not self.experts:
+            return torch.ones_like(labels, dtype=torch.bool), inputs.new_zeros(len(batch), 0), new
+        chilled = (self.answers(batch) / self.config.chill).log_softmax(2)
+        joint = self.learned_by.log() + self.evidence(inputs)
+        joint = joint + chilled.gather(2, labels[:, None, None].expand(-1, joint.shape[1], 1))[:, :, 0]
+        is_new, best = new > joint.amax(1), torch.maximum(new, joint.amax(1))
+        return is_new, joint.softmax(1).masked_fill(is_new[:, None], 0).to(inputs), best
+
+    @torch.no_grad()
+    def place(self, batch: Batch) -> Terms:
+        """Puts what is new into the memory and counts who learns the rest; returns minus the log of p, `evidence`."""
+        is_new, shares, best = batch.once("judged", lambda: self.judged(batch))
+        self.usage = everywhere(shares).sum(0)
+        self.learned_by += self.usage
+        keep = everywhere(is_new)
+        everyone = Batch({n: everywhere(v) for n, v in batch.inputs.items()}, everywhere(self.labels(batch)))
+        if keep.any():
+            self.memory.add(everyone.rows(keep), same=True)
+        return {"evidence": -best.mean()}
+
+    def learns(self, number: int, runtime: "Runtime") -> bool:
+        """Whether an expert has a share worth a step."""
+        return float(self.usage[number]) > LEAST_SHARE
+
+    def share_loss(self, number: int, batch: Batch) -> Terms:
+        """Returns an expert's mean loss by its shares: the scalars `inputs` and `labels`."""
+        inputs, name = batch.inputs["pixel_values"], self.experts[number]
+        shares = batch.once("judged", lambda: self.judged(batch))[1][:, number]
+        noise = self.noise.normal(len(batch), self.config.samples, self.config.latent, like=inputs)
+        bounds = self.density(f"{name} inputs")(inputs, noise)
+        logits = self.model(**batch.inputs, task=name).logits
+        losses = F.cross_entropy(logits, self.labels(batch), reduction="none")
+        return {"inputs": -(shares * bounds).mean(), "labels": (shares * losses).mean()}
+
+    def is_full(self) -> bool:
+        """Whether it is time to sleep."""
+        return len(self.memory) >= self.config.memory
+
+    def fall_asleep(self, runtime: "Runtime") -> None:
+        """Grows an expert."""
+        self.grow("add_expert")
+        self.density(f"{self.experts[-1]} inputs").span.copy_(self.density(NEW).span)
+
+    def generator_loss(self, batch: Batch) -> Terms:
+        """Returns the negative evidence of what is in the memory, for the newest expert: the scalar `inputs`."""
+        inputs = self.recalled().inputs["pixel_values"]
+        noise = self.noise.normal(len(inputs), self.config.samples, self.config.latent, like=inputs)
+        return {"inputs": -self.density(f"{self.experts[-1]} inputs")(inputs, noise).mean()}
+
+    def classifier_loss(self, batch: Batch) -> Terms:
+        """Returns the newest expert's loss on what is in the memory: the scalar `labels`."""
+        drawn = self.recalled()
+        return {"labels": self.model(**drawn.inputs, labels=drawn.labels, task=self.experts[-1]).loss}
+
+    def recalled(self) -> Batch:
+        """Returns examples of the memory."""
+        drawn = self.memory.draw(max(1, self.config.sleep_batch // world()))
+        assert drawn is not None
+        return drawn
+
+    def wake_up(self, runtime: "Runtime") -> None:
+        """Counts what the newest expert has learned, and empties the memory."""
+        self.learned_by[-1] += len(self.memory)
+        self.memory.drop(torch.arange(len(self.memory)))
+
+    def predict(self, batch: Batch, task: str) -> Tensor:
+        """Returns the mixture's ln p(x, y), (batch, classes); of the head alone while there is no expert."""
+        if task != self.task or not self.experts:
+            return super().predict(batch, task)
+        joint = self.learned_by.log() + self.evidence(batch.inputs["pixel_values"])
+        return (joint[:, :, None] + self.answers(batch)).logsumexp(1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(f"{prefix}learned_by")
+        if saved is not None:
+            self.learned_by = self.learned_by.new_empty(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _group(expert: str) -> str:
+    return f"learner {expert}"
+
+
+def _adam(lr: float) -> OptimizerConfig:
+    return OptimizerConfig(name="adam", lr=lr, weight_decay=0.0, schedule="constant")
