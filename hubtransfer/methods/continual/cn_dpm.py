@@ -101,7 +101,7 @@ class CNDPM(ContinualMethod, name="cn_dpm", config=CNDPMConfig):
     size; autoencoders do not share layers; optimisers start afresh with each portion; examples on their way into the
     memory count for no expert (the authors' code counts them).
 
-    Source: https://arxiv.org/abs/2001.00689, section 3, equations 3 to 6, algorithm 1.
+    Source: https://arxiv.org/abs/2001.00689, section 3; numbers of the authors' code.
     """
 
     paper = "Lee 2020"

@@ -25,7 +25,7 @@ class NCM(StatisticsMethod, name="ncm"):
     Differs from the paper: the metric is the head's, cosine unless told otherwise; the papers measure Euclidean
     distance (the first in a learned metric).
 
-    Source: https://arxiv.org/abs/2210.04428, section 3; https://inria.hal.science/hal-00817211, equation 1.
+    Source: https://arxiv.org/abs/2210.04428, section 3; https://inria.hal.science/hal-00817211.
     """
 
     paper = "Janson 2022"

@@ -55,7 +55,7 @@ class PatchPerTask(StatisticsMethod, name="patch_per_task", config=PatchPerTaskC
     Differs from the paper: any patch in place of prompts; a task's prototypes are its class means, not centres of
     K-means; the trunk is not bound to be a transformer.
 
-    Source: https://arxiv.org/abs/2207.12819, section 3.2.
+    Source: https://arxiv.org/abs/2207.12819, section 3.
     """
 
     paper = "Wang 2022"

@@ -33,7 +33,7 @@ class RanPAC(StatisticsMethod, name="ranpac"):
     on that of the newest task; the projection is 2,000 wide unless the head says otherwise (paper: 10,000); the first
     task trains nothing.
 
-    Source: https://arxiv.org/abs/2307.02251, equations 5 to 7, algorithm 1 and appendix C.
+    Source: https://arxiv.org/abs/2307.02251, algorithm 1.
     """
 
     paper = "McDonnell 2023"
