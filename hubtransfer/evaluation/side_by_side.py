@@ -54,7 +54,7 @@ def differences(one: Row, other: Row) -> dict[Any, list[float]]:
 
 
 def draw(rows: Sequence[Row], path: str | PathLike[str], metric: str, columns: str, scale: float = 1.0) -> None:
-    """Draws rows of at least three columns as lines, and every row's mean in the two columns that most rows have.
+    """Draws rows of three columns or more as lines where columns are numbers, and means in the two fullest columns.
 
     Args:
         rows: the best first.
@@ -68,7 +68,8 @@ def draw(rows: Sequence[Row], path: str | PathLike[str], metric: str, columns: s
     """
     if not rows:
         raise ValueError("no rows to draw")
-    lines = [row for row in rows if len(row.cells) >= LINE_FROM]
+    numbers = all(isinstance(column, (int, float)) for row in rows for column in row.cells)
+    lines = [row for row in rows if len(row.cells) >= LINE_FROM and numbers]
     counts: dict[Any, int] = {}
     for row in rows:
         for column in row.cells:
