@@ -17,7 +17,7 @@ from hubtransfer.functional.graphs import convolution_with, leaves_of
 from hubtransfer.methods.aggregate import Gradients
 from hubtransfer.methods.multi_task_method import MultiTaskMethod
 from hubtransfer.methods.stage import OptimizerConfig, Stage
-from hubtransfer.methods.task_losses import task_sources
+from hubtransfer.methods.task_losses import over_processes, task_sources
 from hubtransfer.methods.update import AnyBatch, Terms, Update
 from hubtransfer.models import TransferModel
 
@@ -286,6 +286,8 @@ class Balance(Update):
         else:
             own = {t: batch[t] for t in tasks if t in batch}
         passes |= {t: _cut(model, t, b, model.features(b.inputs, model.layers_for(t), t)) for t, b in own.items()}
+        losses = over_processes({t: p.loss for t, p in passes.items()}, model, tasks, batch)
+        passes = {t: p._replace(loss=losses[t]) for t, p in passes.items()}
         return CutLosses(passes, self.method.labelled(batch), one_pass=not own)
 
 

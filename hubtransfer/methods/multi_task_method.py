@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from hubtransfer.backbones import Towers
-from hubtransfer.data import Batch, MultiTask
+from hubtransfer.data import MultiTask
 from hubtransfer.methods.method import Method
-from hubtransfer.methods.task_losses import shared_and_own, task_names
+from hubtransfer.methods.task_losses import known_labels, shared_and_own, task_names
 from hubtransfer.methods.update import AnyBatch
 from hubtransfer.models import TransferModel
 
@@ -57,12 +57,5 @@ class MultiTaskMethod(Method, scenario=MultiTask):
         return torch.stack([self._has_labels(task, batch) for task in self.tasks])
 
     def _has_labels(self, task: str, batch: AnyBatch) -> Tensor:
-        labels: Any
-        if isinstance(batch, Batch):
-            labels = batch.labels.get(task) if isinstance(batch.labels, dict) else batch.labels
-        else:
-            labels = batch[task].labels if task in batch else None
-        head = self.model.tasks[task].head
-        if labels is None or head is None:
-            return torch.zeros((), dtype=torch.bool, device=self.model.device)
-        return head.known(labels).any()
+        known = known_labels(self.model, task, batch)
+        return torch.zeros((), dtype=torch.bool, device=self.model.device) if known is None else known.any()

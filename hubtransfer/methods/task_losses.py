@@ -1,11 +1,13 @@
 """One loss for each of several tasks, and which parameters they share: what every multi-task method starts from."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hubtransfer.data import Batch, Mixture, MultiTask, Source
+from hubtransfer.data.processes import everywhere, world
 from hubtransfer.methods.update import AnyBatch, Terms
 from hubtransfer.models import TransferModel
 
@@ -68,7 +70,7 @@ def shared_and_own(model: TransferModel, tasks: Sequence[str]) -> tuple[list[nn.
 
 
 def task_losses(model: TransferModel, tasks: Sequence[str], batch: AnyBatch) -> Terms:
-    """Returns each task's loss under its name, scalars.
+    """Returns each task's loss under its name, scalars; over processes, what averages to the loss of one.
 
     Args:
         model: The model.
@@ -80,16 +82,18 @@ def task_losses(model: TransferModel, tasks: Sequence[str], batch: AnyBatch) -> 
     if not isinstance(batch, Batch):
         if any(batch[t].share is not None for t in batch):
             return _mixed(model, tasks, batch)
-        return {t: model(**batch[t].inputs, labels=batch[t].labels, task=t).loss for t in tasks if t in batch}
+        terms = {t: model(**batch[t].inputs, labels=batch[t].labels, task=t).loss for t in tasks if t in batch}
+        return over_processes(terms, model, tasks, batch)
     labels = batch.labels
     assert isinstance(labels, dict), "tasks that share inputs need labels by task"
     together = [task for task in tasks if task not in model.patches]
-    terms: Terms = {}
+    terms = {}
     if together:
         layers = dict.fromkeys(layer for task in together for layer in model.layers_for(task))
         features = model.features(batch.inputs, layers=tuple(layers), task=together[0])
         terms = {t: model.loss(model.logits(features, t, inputs=batch.inputs), labels[t], t) for t in together}
-    return {t: terms[t] if t in terms else model(**batch.inputs, labels=labels[t], task=t).loss for t in tasks}
+    terms = {t: terms[t] if t in terms else model(**batch.inputs, labels=labels[t], task=t).loss for t in tasks}
+    return over_processes(terms, model, tasks, batch)
 
 
 def _mixed(model: TransferModel, tasks: Sequence[str], streams: Mapping[str, Batch]) -> Terms:
@@ -109,7 +113,47 @@ def _mixed(model: TransferModel, tasks: Sequence[str], streams: Mapping[str, Bat
             assert isinstance(labels, torch.Tensor) and share is not None
             terms[t] = share * model.loss(model.logits(own, t, inputs=streams[t].inputs), labels, t)
             start += len(streams[t])
-    return on_every_process(terms, tasks, streams)
+    return on_every_process(over_processes(terms, model, tasks, streams), tasks, streams)
+
+
+def known_labels(model: TransferModel, task: str, batch: AnyBatch) -> Tensor | None:
+    """Says which labels of a task are known in a batch, true or false for each; None where it has no batch."""
+    labels: Any
+    if isinstance(batch, Batch):
+        labels = batch.labels.get(task) if isinstance(batch.labels, dict) else batch.labels
+    else:
+        labels = batch[task].labels if task in batch else None
+    head = model.tasks[task].head
+    return None if labels is None or head is None else head.known(labels)
+
+
+def over_processes(terms: Terms, model: TransferModel, tasks: Sequence[str], batch: AnyBatch) -> Terms:
+    r"""Scales losses so that their mean over processes is the loss of one process that has all the examples.
+
+    A loss is the mean over the labels that are known, and some processes may know more of them than others:
+
+    .. math:: L = \frac{1}{W} \sum_r \frac{W k_r}{\sum_q k_q} L_r
+
+    with the number k of known labels, and of processes W; in steps that mix tasks, :math:`\sum_q s_q / s_r` in place
+    of W, with the shares s that are in the terms already. All processes have to call it together.
+
+    Args:
+        terms: Those of the tasks that this process has examples of, scalars.
+        model: The model, whose heads say what is known.
+        tasks: All tasks.
+        batch: What the terms came from.
+    """
+    if world() == 1:
+        return terms
+    counts = torch.zeros(len(tasks), 2, dtype=torch.float64, device=model.device)
+    for row, task in zip(counts, tasks):
+        known = known_labels(model, task, batch)
+        if known is not None:
+            row[0] = known.sum()
+            row[1] = 1.0 if isinstance(batch, Batch) or batch[task].share is None else batch[task].share
+    own, total = counts.unbind(1), everywhere(counts[None]).sum(0).unbind(1)
+    factors = dict(zip(tasks, own[0] * total[1] / (total[0].clamp(min=1) * own[1])))
+    return {task: loss * factors[task].to(loss.dtype) for task, loss in terms.items()}
 
 
 def on_every_process(terms: Terms, tasks: Sequence[str], batch: AnyBatch) -> Terms:

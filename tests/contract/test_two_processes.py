@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hubtransfer.data import Loader
 from tests.contract.methods import BY_EXAMPLE
-from tests.contract.two_processes import run
+from tests.contract.two_processes import MULTI_TASK, run, some_labels
 
 TOYS = [f"toy_{name}" for name in ("Plain", "Explicit", "Ranked", "TwoPlayers", "LookAhead", "Growing")]
 
@@ -34,12 +35,21 @@ def test_there_really_were_two_processes(folders):
     assert (folders[0] / "world").read_text() == "1"
 
 
-@pytest.mark.parametrize("name", [*BY_EXAMPLE, *TOYS])
+@pytest.mark.parametrize("name", [*BY_EXAMPLE, *TOYS, *MULTI_TASK])
 def test_two_processes_equal_one(name, folders):
     one, two = (load_file(folder / f"{name}.safetensors") for folder in folders)
     assert one.keys() == two.keys()
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_labels_really_are_uneven():
+    """In some step one process alone knows labels of a task; of another both know some, but not equally many."""
+    loaders = [Loader(some_labels().train_source, batch_size=4, seed=0, rank=rank, world=2) for rank in (0, 1)]
+    steps = list(zip(*(loader.batches(0) for loader in loaders)))
+    known = {t: [tuple(int((p.labels[t] >= 0).sum()) for p in parts) for parts in steps] for t in ("left", "right")}
+    assert any((first == 0) != (second == 0) for first, second in known["right"])
+    assert any(first and second and first != second for first, second in known["left"])
 
 
 def test_both_processes_remember_the_embeddings_of_all_examples(folders):

@@ -12,6 +12,7 @@ from hubtransfer.backbones import Backbone
 from hubtransfer.data import MultiTask
 from hubtransfer.methods.balance import Balance, Balancing, TaskGradients
 from hubtransfer.methods.multitask.fixed_weights import FixedWeights
+from hubtransfer.methods.multitask.grad_norm import GradNorm
 from hubtransfer.methods.multitask.uncertainty import Uncertainty
 from hubtransfer.methods.registry import load_all
 from hubtransfer.models import ClassificationHead, TransferModel
@@ -201,12 +202,50 @@ def test_backward_passes_of_the_trunk(name, passes):
     assert len(seen) == passes
 
 
+def graphs_kept(*roots):
+    """Names of the attributes, at any depth, that hold a tensor with a graph: it would keep all that it came from."""
+    found, seen, left = set(), set(), [("", root) for root in roots]
+    while left:
+        name, value = left.pop()
+        if id(value) in seen or isinstance(value, type):
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            found |= {name} if value.grad_fn is not None else set()
+        elif isinstance(value, dict):
+            left += [(str(key), each) for key, each in value.items()]
+        elif isinstance(value, list | tuple | set):
+            left += [(name, each) for each in value]
+        elif isinstance(value, nn.Module) or type(value).__module__.startswith(("hubtransfer.methods", "torchjd")):
+            left += vars(value).items()
+    return found
+
+
+class Leaky(GradNorm):
+    """Adds up what it sees, and its graph with it: no tensor more is alive, as nodes of a graph are not tensors."""
+
+    total = 0
+
+    def combine(self, gradients):
+        self.total = self.total + self.weights.sum().exp()
+        return super().combine(gradients)
+
+
+def test_a_graph_that_is_kept_is_found():
+    method = Leaky(two_headed())
+    runtime, stage = begin(method, scenario())
+    assert not graphs_kept(method, stage)
+    stage.updates[0].apply(batches(stage.data, 1)[0], runtime)
+    assert graphs_kept(method, stage) == {"total"}
+
+
 @weighing
 def test_memory_does_not_grow(cls):
-    """No graph survives its step: after 200 steps there are as many tensors as after 5."""
+    """No graph survives its step: none can be reached, and after 200 steps there are as many tensors as after 5."""
     model = TransferModel(tiny_backbone("mlp"))
     model.add_task("left", ClassificationHead(3)).add_task("right", ClassificationHead(2))
-    runtime, stage = begin(cls(model), scenario())
+    method = cls(model)
+    runtime, stage = begin(method, scenario())
     batch = batches(stage.data, 1, batch_size=2)[0]
 
     def tensors(steps):
@@ -216,6 +255,7 @@ def test_memory_does_not_grow(cls):
         return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
 
     assert tensors(5) == tensors(195)
+    assert not graphs_kept(method, stage)
 
 
 @weighing
@@ -286,9 +326,37 @@ def test_a_batch_without_any_label_changes_nothing_but_is_no_error(cls):
     assert not names
 
 
+@weighing
+@pytest.mark.parametrize("shift", [0.0, -5.0])
+def test_losses_of_zero_and_below_leave_everything_finite(cls, shift, monkeypatch):
+    """A regression that is right already, and one whose loss is below zero, beside a classification: whole steps."""
+    model = model_with(("left", "size"), torch.float64)
+    for parameter in model.heads["size"].parameters():
+        parameter.data.zero_()
+    data = shared_data(dtype=torch.float64)
+    data = {"pixel_values": data["pixel_values"], "left": data["left"], "size": torch.zeros(24, dtype=torch.float64)}
+    plain = TransferModel.loss
+
+    def shifted(model, logits, labels, task=None):
+        return plain(model, logits, labels, task) + (shift if task == "size" else 0.0)
+
+    monkeypatch.setattr(TransferModel, "loss", shifted)
+    method = cls(model).double()
+    before = snapshot(model)
+    runtime, stage = begin(method, MultiTask(train=data, labels={"left": "left", "size": "size"}))
+    for batch in batches(stage.data, 3):
+        terms = stage.updates[0].apply(batch, runtime)
+        if cls is not Uncertainty:
+            assert terms["size"].item() == shift
+    assert all(value.isfinite().all() for value in method.state_dict().values())
+    assert all(float(weight) >= 0 for weight in method.watched().values())
+    assert "heads.left.weight" in changed(before, model)
+
+
 @balancing
-def test_a_frozen_trunk_is_named(cls):
-    model = two_headed()
+@pytest.mark.parametrize("patches", [(), ("left",), ("left", "right")])
+def test_a_frozen_trunk_is_named(cls, patches):
+    model = two_headed(**{task: ScaleBiasConfig() for task in patches})
     model.backbone.requires_grad_(False)
     with pytest.raises(ValueError, match=rf"{cls.__name__} balances .* the trunk is frozen"):
         run(cls(model), scenario())

@@ -73,11 +73,14 @@ def scenario(data, evaluation=None):
     return MultiTask(train=data, labels={t: t for t in HEADS}, evaluation=evaluation)
 
 
-def streams(mixing=None, sizes=(24, 16, 12, 8)):
+def streams(mixing=None, sizes=(24, 16, 12, 8), dtype=torch.float32, hidden=0.0):
+    """A data set a task, of whose examples a part is without a label."""
     made = {}
     for k, (task, n) in enumerate(zip(HEADS, sizes)):
-        data = tiny_data(n, 3, seed=k)
-        labels = labels_of(task, n, data["labels"], torch.Generator().manual_seed(k))
+        data = tiny_data(n, 3, seed=k, dtype=dtype)
+        generator = torch.Generator().manual_seed(k)
+        labels = labels_of(task, n, data["labels"], generator)
+        labels[torch.rand(n, generator=generator) < hidden] = MARKERS[task]
         made[task] = {"pixel_values": data["pixel_values"], "labels": labels}
     return MultiTask(made, evaluation=made, mixing=mixing)
 
@@ -255,3 +258,49 @@ def test_the_mean_over_two_processes_is_the_loss_of_one(batches):
         terms = [list(task_losses(model, tasks, part)) for part in parts]
         assert terms[0] == terms[1]  # what is logged is gathered term by term
         torch.testing.assert_close(sum(found) / 2, sum(task_losses(model, tasks, whole).values()))
+
+
+class TwoProcesses:
+    """Gives each of two processes, which here run one after the other, what both said: after a first round of each."""
+
+    def __init__(self, monkeypatch):
+        self.rank, self.said = 0, {}
+        monkeypatch.setattr("hubtransfer.methods.task_losses.world", lambda: 2)
+        monkeypatch.setattr("hubtransfer.methods.task_losses.everywhere", self.everywhere)
+
+    def everywhere(self, tensor):
+        self.said[self.rank] = tensor
+        return torch.cat([self.said.get(rank, tensor) for rank in (0, 1)])
+
+    def run(self, function, parts):
+        for _ in range(2):
+            found = []
+            for self.rank, part in enumerate(parts):
+                found.append(function(part))
+        return found
+
+
+@pytest.mark.parametrize("kind", ["one batch", "alternating", "mixed", None])
+def test_labels_that_one_process_lacks_count_by_their_number(kind, monkeypatch):
+    """Some labels, none on one process, none at all: the mean over processes is the loss of one, task by task."""
+    model, tasks = four_headed(torch.float64), tuple(HEADS)
+    if kind == "one batch":
+        missing = {"kind": [0, 1, 2, 5], "flags": [4, 5, 6, 7], "value": slice(None), "pixels": [2, 3, 4]}
+        source = scenario(shared(8, torch.float64, missing)).train_source
+    else:
+        data = streams(None if kind is None else Mixing(batches=kind), dtype=torch.float64, hidden=0.5)
+        source = task_streams(data, tasks, "x")
+    whole = {"batch_size": 8, "seed": 2, "shuffle": kind != "one batch"}
+    half = whole | {"batch_size": 4}
+    one = [task_losses(model, tasks, step) for step in Loader(source, **whole).batches(0)]
+    two = zip(*(Loader(source, **half, rank=rank, world=2).batches(0) for rank in (0, 1)))
+    uneven = 0
+    for expected, parts in zip(one, list(two), strict=True):
+        plain = [task_losses(model, tasks, part) for part in parts]
+        with monkeypatch.context() as patched:
+            found = TwoProcesses(patched).run(lambda part: task_losses(model, tasks, part), parts)
+        assert list(found[0]) == list(found[1]) == list(expected)
+        for task, value in expected.items():
+            torch.testing.assert_close((found[0][task] + found[1][task]) / 2, value, rtol=0, atol=1e-12)
+            uneven += not torch.isclose((plain[0][task] + plain[1][task]) / 2, value)
+    assert uneven > 1  # shares of the processes alone do not do

@@ -12,7 +12,7 @@ from hubtransfer.backbones import Backbone, Towers
 from hubtransfer.data import Batch, MultiTask
 from hubtransfer.methods.method import Method
 from hubtransfer.methods.stage import Stage
-from hubtransfer.methods.task_losses import on_every_process, task_names, task_streams
+from hubtransfer.methods.task_losses import on_every_process, over_processes, task_names, task_streams
 from hubtransfer.methods.update import AnyBatch, Descend, Terms
 from hubtransfer.models import TransferModel
 from hubtransfer.models.heads import LinearHead
@@ -122,6 +122,7 @@ class Ensemble(Method, name="ensemble", config=EnsembleConfig, scenario=MultiTas
                 labels: Any = own.labels[task] if isinstance(own.labels, dict) else own.labels
                 losses = [self.model.loss(logits, labels, task) for logits in self.member_logits(own, task)]
                 terms[task] = torch.stack(losses).sum() * (1.0 if own.share is None else own.share)
+        terms = over_processes(terms, self.model, self.tasks, batch)
         return on_every_process(terms, self.tasks, batch)
 
     def stages(self, scenario: MultiTask) -> Iterator[Stage]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hubtransfer.data import Batch, MultiTask
+from hubtransfer.data.processes import everywhere
 from hubtransfer.methods.multi_task_method import MultiTaskMethod
 from hubtransfer.methods.stage import OptimizerConfig, Stage
 from hubtransfer.methods.task_losses import task_losses, task_streams
@@ -93,8 +94,12 @@ class Uncertainty(MultiTaskMethod, name="uncertainty", config=UncertaintyConfig)
     def loss(self, batch: AnyBatch) -> Terms:
         """Returns each task's term under its name: scalars."""
         losses = task_losses(self.model, self.tasks, batch)
-        there = dict(zip(self.tasks, self.labelled(batch).tolist()))
-        shares = {t: 1.0 if isinstance(batch, Batch) or t not in batch else batch[t].share or 1.0 for t in losses}
+        labelled = everywhere(self.labelled(batch).int()[None]).any(0)  # on a process that has none, too: s is shared
+        there = dict(zip(self.tasks, labelled.tolist()))
+        if isinstance(batch, Batch):
+            shares = dict.fromkeys(losses, 1.0)
+        else:
+            shares = {t: 0.0 if t not in batch else batch[t].share or 1.0 for t in losses}
         return {
             task: self.weight(task) * loss + shares[task] * self.log_variance[task] / 2 if there[task] else loss
             for task, loss in losses.items()

@@ -1,10 +1,13 @@
 """Jacobian descent: UPGrad's projections for two tasks in closed form, a whole step, other aggregators, wrong names."""
 
 import builtins
+import inspect
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torchjd import aggregation
 
 from hubtransfer.data import MultiTask
 from hubtransfer.methods.multitask.jacobian_descent import GramianRule, JacobianDescent, JacobianRule, make_aggregator
@@ -47,30 +50,60 @@ def test_a_step_equals_a_plain_one():
     assert_same_parameters(method.model, plain, 1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "kind"),
-    [
-        ("Mean", {}, JacobianRule),
-        ("PCGrad", {}, GramianRule),
-        ("IMTLG", {}, GramianRule),
-        ("DualProj", {"pref_vector": [1.0, 2.0, 1.0]}, GramianRule),
-        ("AlignedMTL", {}, GramianRule),
-        ("MGDA", {}, GramianRule),
-        ("Krum", {"n_byzantine": 0, "n_selected": 2}, GramianRule),
-        ("ConFIG", {}, JacobianRule),
-        ("GradDrop", {}, JacobianRule),
-        ("Random", {}, JacobianRule),
-        ("TrimmedMean", {"trim_number": 1}, JacobianRule),
-    ],
-)
-def test_other_aggregators_train(name, options, kind):
-    tasks = ("left", "right", "size")
+AGGREGATORS = {
+    "AlignedMTL": ({}, GramianRule),
+    "CAGrad": ({"c": 0.4}, GramianRule),
+    "ConFIG": ({}, JacobianRule),
+    "Constant": ({"weights": [1.0, 1.0, 1.0]}, JacobianRule),
+    "DualProj": ({"pref_vector": [1.0, 2.0, 1.0]}, GramianRule),
+    "ExcessMTL": ({}, JacobianRule),
+    "FairGrad": ({"alpha": 1.0}, GramianRule),
+    "GradDrop": ({}, JacobianRule),
+    "GradVac": ({}, GramianRule),
+    "IMTLG": ({}, GramianRule),
+    "Krum": ({"n_byzantine": 0, "n_selected": 2}, GramianRule),
+    "MGDA": ({}, GramianRule),
+    "Mean": ({}, JacobianRule),
+    "NashMTL": ({"n_tasks": 3}, JacobianRule),
+    "PCD": ({}, GramianRule),
+    "PCGrad": ({}, GramianRule),
+    "Random": ({}, JacobianRule),
+    "Sum": ({}, JacobianRule),
+    "TrimmedMean": ({"trim_number": 1}, JacobianRule),
+    "UPGrad": ({}, GramianRule),
+}
+
+
+def test_no_aggregator_is_left_out():
+    found = {n for n, c in vars(aggregation).items() if inspect.isclass(c) and issubclass(c, aggregation.Aggregator)}
+    assert found - set(AGGREGATORS) == {"Aggregator", "WeightedAggregator", "GramianWeightedAggregator"}
+    assert set(AGGREGATORS) <= found
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_every_aggregator_trains(name):
+    tasks, (options, kind) = ("left", "right", "size"), AGGREGATORS[name]
     method = JacobianDescent(model_with(tasks), aggregator=name, options=options)
     assert isinstance(method.rule, kind)
     before = snapshot(method.model)
     run(method, scenario(tasks=tasks), steps=2)
     assert {n for n in before if "block" in n} <= changed(before, method.model)
     assert ("weight/left" in method.watched()) == (kind is GramianRule)
+
+
+@pytest.mark.parametrize("terms", [3, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_up_grad_equals_projections_by_a_quadratic_program(terms, seed):
+    """The mean of the rows' projections on {v: J v >= 0}: argmin |v - g_t|^2 / 2 under J v >= 0, one after another."""
+    quadprog = pytest.importorskip("quadprog", reason="the quadratic-programming solver is not installed")
+    rows = torch.randn(terms, terms + 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).numpy()
+    rows[0] = -rows[1] + 0.3 * rows[0]  # a conflict
+    identity, nothing = np.eye(rows.shape[1]), np.zeros(terms)
+    expected = np.mean([quadprog.solve_qp(identity, row, rows.T, nothing)[0] for row in rows], axis=0)
+    gram = torch.from_numpy(rows @ rows.T)
+    weights = GramianRule(make_aggregator("UPGrad", {})).weights(gram, torch.ones(terms)).numpy()
+    np.testing.assert_allclose(weights @ rows, expected, rtol=0, atol=5e-3 * np.linalg.norm(rows, axis=1).max())
+    assert not np.allclose(weights, 1 / terms, atol=0.05)  # it is not the plain mean
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hubtransfer.data import MultiTask
 from hubtransfer.methods.multitask.mgda import MGDA
 from hubtransfer.methods.multitask.mgda_ub import MGDAUB
 from hubtransfer.models import RegressionHead, TransferModel
-from tests.methods.multitask.tasks import flat_gradient, scenario, two_headed
+from tests.methods.multitask.tasks import flat_gradient, scenario, streams, two_headed
 from tests.methods.steps import assert_same_parameters, batches, begin, clone, run
 
 
@@ -110,3 +110,14 @@ def test_steps_equal_a_plain_loop():
                 for p, each in zip(plain.heads[task].parameters(), gradients):
                     p.sub_(0.05 * each)
     assert_same_parameters(method.model, plain, 1e-10)
+
+
+def test_tasks_with_data_of_their_own_take_the_very_steps_of_mgda():
+    methods = [cls(two_headed()) for cls in (MGDA, MGDAUB)]
+    before = clone(methods[0].model)
+    for method in methods:
+        run(method, streams())
+    one, two = (method.state_dict() for method in methods)
+    assert one.keys() == two.keys()
+    assert not [name for name in one if not torch.equal(one[name], two[name])]
+    assert not torch.equal(before.heads["left"].weight, methods[0].model.heads["left"].weight)
