@@ -331,15 +331,25 @@ class Memory(nn.Module, ABC):
             destination[f"{prefix}book_{name}"] = value
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Takes a memory's whole content; columns are those of the state."""
+        """Takes a memory's whole content; columns are those of the state.
+
+        Raises:
+            ValueError: if the state is that of a memory of another size.
+        """
         own = {name[len(prefix) :]: state_dict[name] for name in state_dict if name.startswith(prefix)}
         missing: list[str] = args[2]
         if _FACTS not in own:
             missing.append(prefix + _FACTS)
             return
-        self.seed, self.seen, self.drawn, self.filled, raw = own.pop(_FACTS).tolist()
-        self.is_raw = bool(raw)
+        facts = own.pop(_FACTS).tolist()
         book = {name: own.pop(name) for name in list(own) if name.startswith("book_")}
+        if wrong := {len(value) for value in own.values()} - {self.size}:
+            raise ValueError(
+                f"the checkpoint's memory has room for {wrong.pop()} examples, this {type(self.config).__name__} for "
+                f"{self.size}; give it the size that it had"
+            )
+        self.seed, self.seen, self.drawn, self.filled, raw = facts
+        self.is_raw = bool(raw)
         self.take_up({name[5:]: value for name, value in book.items()})
         for name in self._columns():
             delattr(self, name)

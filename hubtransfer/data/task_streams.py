@@ -141,7 +141,7 @@ def split_tasks(
     columns: Columns = None,
     name: str = "",
 ) -> TaskStream:
-    """Every task has some of the classes.
+    """Every task has some of the classes; examples without a label (a negative one) are in none.
 
     Args:
         train: a data set with a label column.
@@ -162,7 +162,7 @@ def split_tasks(
     """
     data = Source.of(train, columns=columns, name=name or "train")
     column, labels = _labels(data)
-    present = labels.unique().tolist()
+    present = labels[labels >= 0].unique().tolist()
     if isinstance(classes, int):
         order = torch.tensor(present)
         if shuffle:
@@ -310,7 +310,7 @@ def _classes(source: Source, group: Sequence[int], kind: Kind, names: Sequence[s
         raise ValueError(f"{source.where} has no example of the classes {', '.join(map(str, group))}")
     if kind == "class":
         return Rows(source.table, rows, column)
-    numbers = torch.full((int(labels.max()) + 1,), -1)
+    numbers = torch.full((max(int(labels.max()), *group) + 1,), -1)  # evaluation data may lack the highest class
     numbers[torch.tensor(list(group))] = torch.arange(len(group))
     chosen = [names[label] for label in group] if names and kind == "task" else [str(i) for i in range(len(group))]
     return Rows(source.table, rows, column, numbers, chosen)

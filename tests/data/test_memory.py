@@ -1,5 +1,6 @@
 """Memories keep what their kind says, cost what they say, and decide the same wherever and whenever they decide."""
 
+import dataclasses
 import time
 
 import numpy as np
@@ -192,6 +193,15 @@ def test_a_saved_memory_goes_on_as_if_it_had_never_stopped(config):
     assert one.state_dict().keys() == two.state_dict().keys()
     assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
     assert torch.equal(one.draw(3).slots, two.draw(3).slots)
+
+
+@pytest.mark.parametrize("config", KINDS, ids=str)
+@pytest.mark.parametrize("size", [4, 9])
+def test_a_saved_memory_of_another_size_is_refused_and_nothing_is_taken_from_it(config, size):
+    memory = dataclasses.replace(config, size=size).build()
+    with pytest.raises(ValueError, match=f"memory has room for 6 examples, this {type(config).__name__} for {size}"):
+        memory.load_state_dict(filled(config).state_dict())
+    assert len(memory) == memory.seen == memory.drawn == 0
 
 
 def test_decisions_do_not_depend_on_other_random_numbers_but_on_the_seed():

@@ -138,6 +138,27 @@ def test_split_takes_named_classes_and_a_seeded_order():
     assert any([t.name for t in split_tasks(data, classes=1, shuffle=True, seed=s)] != shuffled for s in range(2, 5))
 
 
+@pytest.mark.parametrize("kind", ["class", "task", "domain"])
+def test_evaluation_data_may_lack_the_highest_class(kind):
+    data = images(12, classes=4)
+    few = {"pixel_values": data["pixel_values"][:6], "labels": torch.tensor([0, 1, 2, 0, 1, 2])}
+    stream = split_tasks(data, few, classes=2, kind=kind)
+    evaluated = stream.evaluations()["2-3"][0].table.labels("labels")
+    assert evaluated.tolist() == ([2, 2] if kind == "class" else [0, 0])
+
+
+@pytest.mark.parametrize("kind", ["class", "task", "domain"])
+@pytest.mark.parametrize("missing", [-1, -100])
+def test_examples_without_a_label_are_in_no_task(kind, missing):
+    data = images(8) | {"labels": torch.tensor([0, 1, 2, 3, missing, missing, 0, 1])}
+    stream = split_tasks(data, data, classes=2, kind=kind)
+    assert [(task.name, len(task.train_source.table)) for task in stream] == [("0-1", 4), ("2-3", 2)]
+    assert torch.equal(pixels(stream[1].train_source), data["pixel_values"][2:4])
+    assert stream[0].train_source.table.labels("labels").tolist() == [0, 1, 0, 1]
+    with pytest.raises(ValueError, match=rf"class {missing} is not among the labels, which are \[0, 1, 2, 3\]"):
+        split_tasks(data, classes=[[0, 1], [2, missing]])
+
+
 def test_split_by_a_domain_column():
     data = {**images(12), "place": ["sea", "land", "air"] * 4}
     stream = domain_tasks(data, data, column="place")
