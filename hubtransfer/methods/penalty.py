@@ -179,9 +179,16 @@ def with_penalties(
     """Yields the stages in which a method learns one item, with penalties in all of them that train the model.
 
     Raises:
-        ValueError: if a stage has no single place for the penalties' terms.
+        ValueError: if a stage has no single place for the penalties' terms or may be skipped, or if none descends on a
+            loss for the model.
     """
     parts = list(parts)
+    where = f"{type(method).__name__}, task {item.name!r}: penalties cannot be added, because "
+    for stage in stages:
+        if stage.when is not None:  # with it what is done before or after the task would be skipped
+            raise ValueError(f"{where}stage {stage.name!r} may be skipped; penalties need the same stages every time")
+    if not any("model" in update.groups() for stage in stages for update in stage.updates):
+        raise ValueError(f"{where}nothing is trained by gradients there")
 
     def enter(runtime: "Runtime") -> None:
         for part in parts:

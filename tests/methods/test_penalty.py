@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hubtransfer.data import SingleTask, TaskStream
-from hubtransfer.methods import Aggregator, Descend, Stage
+from hubtransfer.methods import Accumulate, Aggregator, Descend, Stage
 from hubtransfer.methods.continual.l2 import L2
 from hubtransfer.methods.continual.si import SI
 from hubtransfer.methods.continual_method import ContinualMethod
@@ -15,7 +15,7 @@ from hubtransfer.methods.penalty import MethodWithPenalties
 from hubtransfer.models import Teacher
 from hubtransfer.training import Checkpoints, Trainer
 from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches, clone, run, settings
+from tests.methods.steps import assert_same_parameters, batches, changed, clone, run, settings, snapshot
 from tests.tiny import tiny_data, tiny_model
 
 
@@ -59,6 +59,17 @@ class Twice(ContinualMethod):
 class Apart(ContinualMethod):
     def stages(self, scenario):
         yield Stage("t0", {"a": scenario[0].train_source, "b": scenario[1].train_source}, [Descend(self.loss)])
+
+
+class Skipped(ContinualMethod):
+    def stages(self, scenario):
+        yield Stage("t0/learn", scenario[0].train_source, [Descend(self.loss)])
+        yield Stage("t0/settle", scenario[0].train_source, [Descend(self.loss)], when=lambda: False)
+
+
+class Counting(ContinualMethod):
+    def updates(self):
+        return [Accumulate(self.loss)]
 
 
 class Elsewhere(ContinualMethod):
@@ -229,6 +240,16 @@ def test_combinations_that_mean_nothing_are_refused():
     for cls, words in ((Twice, "2 updates"), (Apart, "several streams"), (Elsewhere, "belongs to no task")):
         with pytest.raises(ValueError, match=f"{cls.__name__}, stage .*: penalties cannot be added, because .*{words}"):
             run(cls(model) + L2(model), stream)
+
+
+def test_a_task_that_is_counted_or_whose_last_stage_may_be_skipped_takes_no_penalty():
+    stream = domain_stream()
+    for cls, words in ((Skipped, "stage 't0/settle' may be skipped"), (Counting, "nothing is trained by gradients")):
+        model = model_for(stream)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=f"{cls.__name__}, task 't0': penalties cannot be added, because {words}"):
+            run(cls(model) + L2(model), stream)
+        assert not changed(before, model)
 
 
 def test_a_missing_head_is_named_before_work_starts():

@@ -71,6 +71,19 @@ class PatchPerTask(StatisticsMethod, name="patch_per_task", config=PatchPerTaskC
     def __init__(self, model: TransferModel, task: str | None = None, **config: Any) -> None:
         super().__init__(model, self.configure(config), task=task)
 
+    def __add__(self, other: Any) -> Any:
+        """Takes no penalty: what a task trains is new, and what was there before stays as it is.
+
+        Raises:
+            TypeError: saying so.
+        """
+        raise TypeError(
+            f"PatchPerTask and {type(other).__name__} cannot be added: of earlier tasks nothing moves that a penalty "
+            "could hold back"
+        )
+
+    __radd__ = __add__
+
     @property
     def means(self) -> ClassMeans:
         """What finds the task; its groups are the tasks."""
@@ -86,18 +99,23 @@ class PatchPerTask(StatisticsMethod, name="patch_per_task", config=PatchPerTaskC
         return self.means.counts[:, number].nonzero().flatten()
 
     def checked(self, scenario: TaskStream) -> list[Any]:
-        """Checks the stream's kind and the number of prototypes too."""
+        """Checks the stream's kind, the patches that are there, and the number of prototypes too."""
         if scenario.kind == "task":
             raise ValueError(
                 "PatchPerTask finds the task of an example, but in a stream of kind 'task' it is told; give each task "
                 "its patch, model.add_task(name, head, patch=...), and train with SequentialFineTune"
             )
-        items = super().checked(scenario)
-        if self.means.counts.shape[1] < len(items):
+        items, experts, prototypes = super().checked(scenario), self.experts, self.means.counts.shape[1]
+        if len(experts) > self.means.counts.any(0).sum():
             raise ValueError(
-                f"PatchPerTask keeps a mean a class and task, but the head of task {self.task!r} has "
-                f"{self.means.counts.shape[1]} prototypes for {len(items)} tasks: "
-                f"NearestMeanHead(num_classes=..., prototypes={len(items)})"
+                f"PatchPerTask takes every task with a patch for one that it has learned, but the head of task "
+                f"{self.task!r} has not counted examples of each of {experts}; train in a model without other patches"
+            )
+        needed = len({*experts, *(item.name for item in items)})
+        if prototypes < needed:
+            raise ValueError(
+                f"PatchPerTask keeps a mean a class and task, but the head of task {self.task!r} has {prototypes} "
+                f"prototypes for {needed} tasks: NearestMeanHead(num_classes=..., prototypes={needed})"
             )
         return items
 

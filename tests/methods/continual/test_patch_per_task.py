@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 import hubtransfer as ht
 from hubtransfer.data import TaskStream
+from hubtransfer.methods.continual.l2 import L2
 from hubtransfer.methods.continual.patch_per_task import PatchPerTask
 from tests.methods.continual.streams import class_stream, domain_stream, task_stream
-from tests.methods.steps import batches, clone, run, snapshot
+from tests.methods.steps import batches, changed, clone, run, snapshot
 from tests.tiny import tiny_backbone
 
 
@@ -134,3 +135,27 @@ def test_streams_that_tell_the_task_are_refused_with_what_to_do():
 def test_a_head_with_too_few_prototypes_is_refused():
     with pytest.raises(ValueError, match=r"has 2 prototypes for 3 tasks: NearestMeanHead.*prototypes=3"):
         run(PatchPerTask(model(6, 2)), class_stream(3))
+
+
+def test_a_loaded_head_with_too_few_prototypes_for_further_tasks_is_refused_before_work_starts():
+    stream = class_stream(4)
+    method = PatchPerTask(model(8, 3))
+    run(method, TaskStream(stream.items[:2], kind="class"))
+    before = snapshot(method.model)
+    with pytest.raises(ValueError, match=r"has 3 prototypes for 4 tasks"):
+        run(PatchPerTask(method.model), TaskStream(stream.items[2:], kind="class"))
+    assert not changed(before, method.model)
+
+
+def test_a_patched_task_of_another_origin_is_refused_by_name():
+    """It would be taken for the first task, whose examples then were counted as those of the second."""
+    other = model(4).add_task("other", ht.ClassificationHead(2), patch=ht.ScaleBiasConfig()).set_task("task")
+    with pytest.raises(ValueError, match=r"not counted examples of each of \['other'\]"):
+        run(PatchPerTask(other), class_stream(2))
+
+
+def test_penalties_are_refused_on_either_side():
+    network = model()
+    for add in (lambda: PatchPerTask(network) + L2(network), lambda: L2(network) + PatchPerTask(network)):
+        with pytest.raises(TypeError, match="PatchPerTask and L2 cannot be added: of earlier tasks nothing moves"):
+            add()
