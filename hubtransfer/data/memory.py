@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hubtransfer.data.batch import Batch
 from hubtransfer.data.processes import everywhere, rank, world
+from hubtransfer.functional.missing import known_classes, known_values
 
 Processor = Callable[..., Mapping[str, Tensor]]
 
@@ -135,7 +136,7 @@ class Memory(nn.Module, ABC):
     def add(
         self, batch: Batch, *, task: int = 0, labels: Tensor | None = None, same: bool = False, **kept: Tensor
     ) -> None:
-        """Offers the examples of a batch, in order.
+        """Offers the examples of a batch, in order, except those without a label.
 
         Args:
             batch: The examples.
@@ -153,13 +154,16 @@ class Memory(nn.Module, ABC):
         self._check_names(kept)
         gathered = _own if same or world() == 1 else everywhere
         labels, kept = gathered(given), {name: gathered(_whole(value)) for name, value in kept.items()}
-        slots = self.choose(len(labels), labels, task, kept)
-        self.seen += len(labels)
+        offered, some = _labelled(labels)
+        if not len(offered):
+            return
+        slots = self.choose(len(offered), some(labels), task, {name: some(value) for name, value in kept.items()})
+        self.seen += len(offered)
         rows = np.flatnonzero(slots >= 0)
         if not len(rows):  # with a full reservoir and a long past that is what happens most of the time
             return
         rows, slots = _last_of_each(rows, slots)
-        stay = torch.from_numpy(rows)
+        stay = torch.from_numpy(offered[rows])
         columns = {"labels": labels} | {f"kept_{name}": value for name, value in kept.items()}
         columns |= {f"input_{name}": gathered(value) for name, value in self._inputs(batch).items()}
         chosen = {name: value.index_select(0, stay.to(value.device)) for name, value in columns.items()}
@@ -196,8 +200,12 @@ class Memory(nn.Module, ABC):
         if not self.is_raw:
             return batch.inputs
         if batch.raw is not None:
-            return {name: value.to(self._place.device) for name, value in batch.raw().items()}
-        everything = self.at(torch.arange(self.filled)).inputs  # of a batch that was augmented there is no raw form
+            raw = {name: value.to(self._place.device) for name, value in batch.raw().items()}
+            columns = [self._columns().get(f"input_{name}", self._place) for name in raw]
+            if all(c.dtype == v.dtype and c.shape[1:] == v.shape[1:] for c, v in zip(columns, raw.values())):
+                return raw
+        # Of a batch that was augmented there is no raw form, and images of another size become alike in processing
+        everything = self.at(torch.arange(self.filled)).inputs
         for name in [name for name in self._columns() if name.startswith("input_")]:
             delattr(self, name)
         self.is_raw = False
@@ -331,11 +339,7 @@ class Memory(nn.Module, ABC):
             destination[f"{prefix}book_{name}"] = value
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Takes a memory's whole content; columns are those of the state.
-
-        Raises:
-            ValueError: if the state is that of a memory of another size.
-        """
+        """Takes a memory's whole content; columns are those of the state."""
         own = {name[len(prefix) :]: state_dict[name] for name in state_dict if name.startswith(prefix)}
         missing: list[str] = args[2]
         if _FACTS not in own:
@@ -355,6 +359,15 @@ class Memory(nn.Module, ABC):
             delattr(self, name)
         for name, value in own.items():
             self.register_buffer(name, value.clone().to(self._place.device))
+
+
+def _labelled(labels: Tensor) -> tuple[np.ndarray, Callable[[Tensor], Tensor]]:
+    """Which examples have a label, int64 (count,), and what selects them."""
+    if labels.dim() > 1:
+        return np.arange(len(labels)), _own
+    known = (known_values if labels.is_floating_point() else known_classes)(labels)
+    rows = known.nonzero().flatten().cpu().numpy()
+    return rows, _own if len(rows) == len(labels) else lambda value: value[known.to(value.device)]
 
 
 def _whole(value: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ middle of training. Their sources are what a method's stages name as data.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -353,7 +353,9 @@ def _evaluations(data: Any, default: str, columns: Columns, task: str | None) ->
 
 def _named(item: Any, name: str, kind: str) -> Any:
     """The stream's item under its name; in a stream of tasks the item's task is its name unless it says otherwise."""
-    task = item.task or (name if kind == "task" else None) if hasattr(item, "task") else None
-    if not isinstance(item, SingleTask) or (item.name == name and item.task == task):
+    if not is_dataclass(item):
         return item
-    return replace(item, name=name, task=task)
+    named: dict[str, Any] = {"name": name}
+    if hasattr(item, "task"):
+        named["task"] = item.task or (name if kind == "task" else None)
+    return item if all(getattr(item, key) == value for key, value in named.items()) else replace(item, **named)

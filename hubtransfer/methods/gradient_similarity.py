@@ -18,19 +18,21 @@ class Gradients(NamedTuple):
     Attributes:
         size: Examples.
         by_head: Which examples one head answers for, and their gradients.
+        device: Where the examples are.
     """
 
     size: int
     by_head: list[tuple[Tensor, ExampleGradients]]
+    device: torch.device = torch.device("cpu")
 
     def cosines(self, other: "Gradients") -> Tensor:
         """Returns cosines with the gradients of another batch's examples, (own, other's)."""
         blocks = [(r, c, g.cosines(h)) for r, g in self.by_head for c, h in other.by_head]
         if len(blocks) == 1 and blocks[0][2].shape == (self.size, other.size):
             return blocks[0][2]
-        found = torch.zeros(self.size, other.size, dtype=blocks[0][2].dtype if blocks else None)
+        found = torch.zeros(self.size, other.size, dtype=blocks[0][2].dtype if blocks else None, device=self.device)
         for rows, columns, block in blocks:
-            found[rows[:, None], columns[None]] = block.cpu()
+            found[rows[:, None].to(self.device), columns[None].to(self.device)] = block
         return found
 
 
@@ -57,7 +59,7 @@ class GradientSimilarity:
             part = batch if isinstance(tasks, str) else batch.rows(rows)
             if parameters := self._shared_with(task):
                 found.append((rows, self._gradients.of(task, part.inputs, method.labels(part), parameters)))
-        return Gradients(len(batch), found)
+        return Gradients(len(batch), found, next(iter(batch.inputs.values())).device)
 
     def _shared_with(self, task: str) -> dict[str, Tensor]:
         if task not in self._shared:

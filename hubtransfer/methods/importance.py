@@ -11,6 +11,7 @@ from torch import Tensor
 from hubtransfer.data import Loader
 from hubtransfer.data.seeds import seed_of
 from hubtransfer.functional.fisher import FisherKind, likelihood_roots
+from hubtransfer.functional.missing import known_classes
 from hubtransfer.methods.continual_method import ContinualMethod
 from hubtransfer.models import ClassificationHead
 from hubtransfer.models.example_gradients import Example, Power, sum_over_examples
@@ -27,7 +28,7 @@ def fisher_diagonal(
     def roots(logits: Tensor, labels: Tensor, uniform: Tensor) -> Tensor:
         return likelihood_roots(logits, kind, labels, uniform)
 
-    return mean_over_examples(method, item, runtime, roots, 2, samples)
+    return mean_over_examples(method, item, runtime, roots, 2, samples, labelled=kind == "label")
 
 
 def mean_over_examples(
@@ -37,6 +38,8 @@ def mean_over_examples(
     values: Callable[[Tensor, Tensor, Tensor], Tensor],
     power: Power,
     samples: int | None,
+    *,
+    labelled: bool = False,
 ) -> dict[str, Tensor]:
     """Returns the mean of squares (power 2) or magnitudes (1) of single examples' gradients, by parameter's name.
 
@@ -49,6 +52,7 @@ def mean_over_examples(
         values: From logits, labels and numbers in [0, 1) (batch,) to scalars (batch, k) whose gradients count.
         power: 1 or 2.
         samples: Number of examples, drawn at random; None takes all.
+        labelled: Whether `values` needs labels: then examples without one are left out.
 
     Raises:
         ValueError: if the data are a stream without an end and no number is given.
@@ -72,6 +76,8 @@ def mean_over_examples(
         generator = torch.Generator().manual_seed(seed_of(arguments.seed, "importance", item.name))
         left = samples
         for batch in loader.batches(0):
+            if labelled:
+                batch = batch.rows(known_classes(method.labels(batch)))
             if left is not None and len(batch) > left:
                 batch = batch.rows(torch.arange(left))
             if len(batch):
@@ -90,7 +96,7 @@ def mean_over_examples(
     finally:
         method.model.train(was_training)
     first = next(iter(learned.values()))
-    number = runtime.reduce(torch.tensor(float(count), device=first.device), "sum")
+    number = runtime.reduce(torch.tensor(float(count), device=first.device), "sum").clamp(min=1)
     flat = runtime.reduce(torch.cat([total.flatten() for total in totals.values()]), "sum") / number
     pieces = flat.split([total.numel() for total in totals.values()])
     return {name: piece.view_as(total) for (name, total), piece in zip(totals.items(), pieces)}

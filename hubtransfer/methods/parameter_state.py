@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,6 +21,10 @@ class ParameterState(nn.Module):
         tensor([[1., 1.],
                 [0., 0.]])
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._place = torch.empty(0)  # where the method is: a state that is still empty moves with it
 
     def keep(self, values: Mapping[str, Tensor]) -> None:
         """Stores copies of tensors under their names, in place of what was there; other names stay."""
@@ -54,11 +59,15 @@ class ParameterState(nn.Module):
         """Returns all tensors by name."""
         return {_name(key): value for key, value in self._buffers.items() if value is not None}
 
+    def _apply(self, function: Any, recurse: bool = True) -> "ParameterState":
+        self._place = function(self._place)
+        return super()._apply(function, recurse)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._buffers.clear()
         for key, value in state_dict.items():
             if key.startswith(prefix) and "." not in key[len(prefix) :]:
-                self.register_buffer(key[len(prefix) :], value.detach().clone())
+                self.register_buffer(key[len(prefix) :], value.detach().clone().to(self._place.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

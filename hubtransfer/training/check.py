@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hubtransfer.data import Loader, MultiTask, Source
+from hubtransfer.data import DataStream, Loader, MultiTask, SingleTask, Source, TaskStream
 from hubtransfer.methods.method import Method
 
 
@@ -16,9 +16,11 @@ def check_scenario(method: Method, scenario: Any) -> None:
         TypeError: naming both kinds.
     """
     if not isinstance(scenario, method.scenario):
+        how = f"the data as ht.{method.scenario.__name__}(...)"
+        if issubclass(method.scenario, TaskStream) and isinstance(scenario, SingleTask | DataStream):
+            how = "it as ht.TaskStream([scenario], kind='domain')"
         raise TypeError(
-            f"{type(method).__name__} trains on {method.scenario.__name__}, got {type(scenario).__name__}; "
-            f"wrap the data as ht.{method.scenario.__name__}(...)"
+            f"{type(method).__name__} trains on {method.scenario.__name__}, got {type(scenario).__name__}; wrap {how}"
         )
 
 

@@ -34,6 +34,7 @@ class RunState:
         optimizers = runtime.optimizers if trainer.cursor.entered else {}
         state = {
             "identity": self._identity(),
+            "tasks": list(method.model.tasks),
             "cursor": trainer.cursor.as_dict(),
             "trained": trainer.trained,
             "history": trainer.history.as_dict() if trainer.history is not None else None,
@@ -76,6 +77,11 @@ class RunState:
         for owner, name in ((method, "method"), (method.model, "model")):
             for operation, keywords in state["growth"][name][len(owner.growth) :]:
                 owner.grow(operation, **keywords)
+        if state["tasks"] != list(method.model.tasks):  # their numbers are in buffers of methods
+            raise ValueError(
+                f"checkpoint {folder} was made with tasks {', '.join(state['tasks'])} in the model, this run has "
+                f"{', '.join(method.model.tasks)}; add the same in the same order"
+            )
         method.to(trainer.runtime.device)
         method.load_state_dict(state["method"])
         trainer.cursor = Cursor(**state["cursor"])

@@ -342,3 +342,39 @@ def test_kinds_are_plain_data(config):
     plain = to_dict(config)
     assert plain["kind"] == type(config).kind
     assert from_dict(MemoryConfig, plain) == config
+
+
+def test_raw_images_of_another_size_are_kept_as_they_were_processed():
+    """Raw pixels fit no common column; processed they do. Nothing kept before is lost."""
+    processor = ImageProcessor(size=(5, 5), mean=(0.2,), std=(0.3,))
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (8, 9, 9), dtype=torch.uint8, generator=generator)
+    other = {"pixel_values": pixels, "labels": torch.arange(8)}
+    small = next(iter(Loader(uint8_source(), processor, batch_size=6).batches(0)))
+    large = next(iter(Loader(Source(dataset=other), processor, batch_size=6).batches(0)))
+    assert large.raw is not None
+    memory = Ring(12, groups=2).build(processor)
+    for task, batch in ((0, small), (1, large), (0, small), (1, large)):
+        memory.add(batch, task=task)
+    tasks = memory.by_task()
+    for task, batch in ((0, small), (1, large)):
+        mine = {row.sum().item() for row in tasks[task].inputs["pixel_values"].float()}
+        assert mine == {row.sum().item() for row in batch.inputs["pixel_values"].float()}
+    again = Ring(12, groups=2).build(processor)
+    again.load_state_dict(memory.state_dict())
+    assert torch.equal(again.everything().inputs["pixel_values"], memory.everything().inputs["pixel_values"])
+
+
+@pytest.mark.parametrize("config", KINDS, ids=str)
+def test_examples_without_a_label_are_not_kept(config):
+    memory = config.build()
+    labels = torch.tensor([0, -1, 1, -100, 2, -1])
+    extra = {"score": torch.tensor([0.1, 0.0, 0.2, 0.0, 0.3, 0.0])} if isinstance(config, GradientBased) else {}
+    memory.add(numbered(0, 6, labels), twice=labels * 2, **extra)
+    assert memory.seen == 3
+    everything = memory.everything()
+    kept = dict(zip(everything.inputs["pixel_values"].flatten().int().tolist(), everything.kept["twice"].tolist()))
+    assert kept == {0: 0, 2: 2, 4: 4}
+    none = {"score": torch.zeros(2)} if extra else {}
+    memory.add(numbered(6, 2, torch.tensor([-1, -100])), twice=torch.zeros(2).long(), **none)
+    assert memory.seen == 3

@@ -173,3 +173,12 @@ def test_a_source_keeps_its_own_settings():
     assert (source.fields.labels, source.name, source.task) == ("digit", "mine", "t")
     renamed = Source(dataset={"picture": torch.zeros(2, 3), "y": torch.zeros(2)}, columns={"pixel_values": "picture"})
     assert DomainPair(data(), renamed).target_source.fields == ({"pixel_values": "picture"}, None)
+
+
+@pytest.mark.parametrize("kind", ["task", "domain"])
+def test_streams_without_names_become_items_with_names(kind):
+    stream = TaskStream([DataStream(data(), data()), DataStream(data(), data(), name="flow")], kind=kind)
+    assert [item.name for item in stream] == ["1", "flow"]
+    assert [item.task for item in stream] == (["1", "flow"] if kind == "task" else [None, None])
+    assert list(stream.sources()) == ["1", "flow", "1/evaluation", "flow/evaluation"]
+    assert not stream[0].train_source.shuffle

@@ -1,5 +1,6 @@
 """Tensors by parameter: copies, zeros for what is new, and loading into an empty one."""
 
+import pytest
 import torch
 
 from hubtransfer.methods.parameter_state import ParameterState
@@ -32,3 +33,13 @@ def test_a_checkpoint_replaces_what_is_there():
     assert state.tensors()["x"].item() == 0
     other.load_state_dict(ParameterState().state_dict())
     assert not other
+
+
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
+def test_an_empty_state_that_was_moved_loads_to_where_it_is():
+    kept, owner = ParameterState(), torch.nn.Module()
+    kept.keep({"a.b": torch.ones(2)})
+    owner.state = ParameterState()
+    owner.to("meta")  # stands for a GPU
+    owner.state.load_state_dict(kept.state_dict())
+    assert owner.state.tensors()["a.b"].device.type == "meta"

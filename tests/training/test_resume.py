@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from hubtransfer.data import SingleTask, TaskStream
+from hubtransfer.methods.continual.sequential import SequentialFineTune
+from hubtransfer.models import ClassificationHead, TransferModel
 from hubtransfer.training import Checkpoints, DamagedCheckpointError, Trainer, TrainingArguments
 from hubtransfer.training.checkpoint import read_state, verify, write_state
-from tests.tiny import tiny_data
+from tests.tiny import tiny_backbone, tiny_data
 from tests.training.toys import Dropped, Growing, LookAhead, Plain, TwoPlayers, make
 
 
@@ -177,3 +179,18 @@ def test_what_an_epochs_end_decides_is_in_the_checkpoint_made_there(tmp_path):
     for folder in Checkpoints(tmp_path / "whole" / "checkpoints").all():
         resumed = Trainer(make(Plain), scenario_for(Plain), arguments(tmp_path / "again", **(changes | {"save": "no"})))
         assert resumed.train(resume=str(folder)).steps == steps, folder.name
+
+
+def test_a_model_with_its_heads_in_another_order_is_refused(tmp_path):
+    """Which task learns is a number in a buffer: the wrong head would train."""
+    stream = TaskStream([SingleTask(tiny_data(20, seed=s), name=f"t{s}") for s in (1, 2)], kind="task")
+
+    def method(*order):
+        model = TransferModel(tiny_backbone("mlp"))
+        for name in order:
+            model.add_task(name, ClassificationHead(3))
+        return SequentialFineTune(model.set_task("t1"))
+
+    Trainer(method("t1", "t2"), stream, arguments(tmp_path)).train()
+    with pytest.raises(ValueError, match="was made with tasks t1, t2 in the model, this run has t2, t1; .* same order"):
+        Trainer(method("t2", "t1"), stream, arguments(tmp_path)).train(resume="auto")

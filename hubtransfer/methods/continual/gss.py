@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hubtransfer.data import Batch, GradientBased, MemoryConfig, TaskStream
 from hubtransfer.data.processes import everywhere, rank
+from hubtransfer.functional.missing import known_classes
 from hubtransfer.functional.subsets import least_similar
 from hubtransfer.methods.evaluating import evaluating
 from hubtransfer.methods.gradient_similarity import GradientSimilarity
@@ -104,20 +105,26 @@ class GSS(ReplayMethod, name="gss", config=GSSConfig):
 
     def after_step(self, batch: Batch) -> None:
         """Offers the batch to the memory."""
-        with evaluating(self.model):
-            scores = self._greedy(batch) if self.config.selection == "greedy" else self._chosen(batch)
-        self.remember(batch, score=scores)
+        together = self.config.selection == "iqp" or not len(self.memory)  # whether new examples meet one another
+        judge = self._chosen if self.config.selection == "iqp" else self._greedy
+        every = self._everyone(batch) if together else batch
+        known = known_classes(self.labels(every))
+        scores = torch.ones(len(every), dtype=next(self.model.parameters()).dtype, device=known.device)
+        if known.any():  # an example without a label has no gradient, and the memory does not take it
+            with evaluating(self.model):
+                scores[known] = judge(every.rows(known)).to(scores)
+        self.remember(batch, score=scores[rank() * len(batch) :][: len(batch)] if together else scores)
 
     def _greedy(self, batch: Batch) -> Tensor:
         """Scores c, (batch,)."""
         memory = self.memory
         if not len(memory):  # each of the first batch is compared with those before it
-            gradients = self._gradients.of(self._everyone(batch))
+            gradients = self._gradients.of(batch)
             scores = 1 + gradients.cosines(gradients)
             before = torch.ones_like(scores, dtype=torch.bool).tril(-1)
             scores = torch.where(before, scores, 0.0).amax(1)
             scores[0] = _FIRST_SCORE
-            return scores[rank() * len(batch) :][: len(batch)]
+            return scores
         order = torch.randperm(len(memory), generator=memory.random("compare", memory.seen))
         others = memory.at(order[: self.config.compared])
         return 1 + self._gradients.of(batch).cosines(self._gradients.of(others)).amax(1)
@@ -127,15 +134,15 @@ class GSS(ReplayMethod, name="gss", config=GSSConfig):
         size = len(self.memory)
         if size < self.memory.size:
             return torch.ones(len(batch), device=self.labels(batch).device)  # as long as it is not full all are taken
-        parts = [self.memory.at(torch.arange(size)), self._everyone(batch)]
+        parts = [self.memory.at(torch.arange(size)), batch]
         gradients = [self._gradients.of(part) for part in parts]
         similarity = torch.cat([torch.cat([one.cosines(two) for two in gradients], 1) for one in gradients])
         present = torch.arange(len(similarity)) < size
         scores = (~least_similar(similarity, size, start=present)).to(similarity)
         self.memory.update(torch.arange(size), score=scores[:size])
-        return scores[size + rank() * len(batch) :][: len(batch)]
+        return scores[size:]
 
     def _everyone(self, batch: Batch) -> Batch:
         """The batches of all processes as one."""
         inputs = {name: everywhere(value) for name, value in batch.inputs.items()}
-        return batch.replace(inputs=inputs, labels=everywhere(self.labels(batch)))
+        return batch.replace(inputs=inputs, labels=everywhere(self.labels(batch)), index=None)

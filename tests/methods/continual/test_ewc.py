@@ -167,3 +167,17 @@ def test_heads_without_classes_are_refused_before_work_starts():
 def test_bad_hyper_parameters_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         EWC(model_for(domain_stream()), **bad)
+
+
+@pytest.mark.parametrize("kind", ["label", "exact"])
+def test_examples_without_a_label_count_only_where_none_is_needed(kind):
+    data = tiny_data(24, dtype=torch.float64)
+    data["labels"][[3, 4, 17]] = torch.tensor([-1, -100, -1])
+    stream = TaskStream([SingleTask(data, name="t")], kind="domain")
+    method = EWC(model_for(stream, dtype=torch.float64), fisher=kind)
+    run(method, stream)
+    known = data["labels"] >= 0
+    counted = {name: value[known] for name, value in data.items()} if kind == "label" else data
+    expected = fisher(method.model.eval(), counted, "task", kind)
+    for (name, _), right in zip(method.model.named_parameters(), expected):
+        torch.testing.assert_close(method.importance.tensors()[name], right)

@@ -8,6 +8,7 @@ from hubtransfer.data import GradientBased, Reservoir, SingleTask, TaskStream
 from hubtransfer.functional.subsets import least_similar
 from hubtransfer.methods.continual.gss import GSS
 from hubtransfer.methods.continual.si import SI
+from hubtransfer.methods.gradient_similarity import Gradients
 from hubtransfer.models import RegressionHead, TransferModel
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
 from tests.methods.continual.test_er import logits_of, step
@@ -169,3 +170,39 @@ def test_what_cannot_be():
     numbers = TransferModel(tiny_backbone("mlp")).add_task("task", RegressionHead(1))
     with pytest.raises(ValueError, match="GSS: a loss of single examples needs class probabilities"):
         list(GSS(numbers).stages(stream))
+
+
+@pytest.mark.parametrize("selection", ["greedy", "iqp"])
+@pytest.mark.parametrize("missing", [-1, -100])
+def test_examples_without_a_label_have_no_part_in_the_choice(selection, missing):
+    data = tiny_data(24, dtype=torch.float64)
+    data["labels"][::3] = missing  # all of class 0
+    stream = TaskStream([SingleTask(data, name="t")], kind="domain")
+    method = GSS(model_for(stream, dtype=torch.float64), selection=selection, memory=GradientBased(8))
+    seen = watch(method.memory)
+    run(method, stream, steps=1)
+    (each,) = batches(stream[0].train_source, steps=1)
+    known = each.labels >= 0
+    assert 0 < known.sum() < 8
+    if selection == "greedy":
+        rows = gradients(method.model, each.inputs["pixel_values"][known], each.labels[known])
+        expected = [0.1] + [1 + cosines(rows[i : i + 1], rows[:i]).max().item() for i in range(1, len(rows))]
+        assert seen["added"][0][known].tolist() == pytest.approx(expected)
+    run(method, stream, steps=6)
+    assert len(method.memory) == 8
+    assert (method.memory.everything().labels > 0).all()
+
+
+def test_cosines_of_several_heads_are_where_the_examples_are():
+    class Rows:
+        def __init__(self, count):
+            self.count = count
+
+        def cosines(self, other):
+            return torch.zeros(self.count, other.count, device="meta")  # stands for a GPU
+
+    there = torch.device("meta")
+    two = Gradients(4, [(torch.tensor([0, 1]), Rows(2)), (torch.tensor([2, 3]), Rows(2))], there)
+    one = Gradients(3, [(torch.arange(3), Rows(3))], there)
+    assert two.cosines(one).device == one.cosines(one).device == there
+    assert Gradients(2, [], there).cosines(one).device == there

@@ -1,9 +1,10 @@
 """Fine-tuning in sequence: the plain loop, and that it forgets."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from hubtransfer.data import SingleTask, TaskStream
+from hubtransfer.data import DataStream, SingleTask, TaskStream
 from hubtransfer.methods.continual.sequential import SequentialFineTune
 from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
 from tests.methods.steps import assert_same_parameters, batches, clone, run
@@ -45,3 +46,14 @@ def test_it_forgets():
     learned, forgot = (SequentialFineTune(model_for(stream)) for _ in range(2))
     assert run(learned, TaskStream(stream.items[:1], kind="domain"), steps=60, lr=0.3).evaluate()["accuracy"] == 1
     assert run(forgot, stream, steps=60, lr=0.3).evaluate()["accuracy"] == 0
+
+
+@pytest.mark.parametrize("make", [SingleTask, DataStream])
+def test_a_bare_task_is_refused_with_what_to_write(make):
+    data = tiny_data(8)
+    method = SequentialFineTune(model_for(domain_stream()))
+    with pytest.raises(
+        TypeError, match=rf"got {make.__name__}; wrap it as ht.TaskStream\(\[scenario\], kind='domain'\)"
+    ):
+        run(method, make(data))
+    run(method, TaskStream([make(data)], kind="domain"), steps=1)
