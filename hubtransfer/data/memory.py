@@ -95,7 +95,7 @@ class Memory(nn.Module, ABC):
     Its content is a set of buffers, so it is saved and resumed with the method that owns it. Every decision is a
     function of (seed, number of decisions before), so a resumed run decides alike, and so do all processes: each adds
     the examples of all, and draws its share of what one process would draw alone. Adding and drawing cost O(batch),
-    whatever the size.
+    whatever the size, unless the kind of memory says otherwise.
 
     Inputs are kept raw (uint8 pixels) where the batch knows them, and processed when they are drawn.
 

@@ -105,7 +105,7 @@ class GradientBased(MemoryConfig):
     """Examples whose gradients differ: each is added with a score, small where its gradient is unlike those kept.
 
     An example with score c < 1 takes the place of example i, drawn with probability C_i / sum C, with probability
-    C_i / (C_i + c), where C are the scores kept.
+    C_i / (C_i + c), where C are the scores kept. Adding costs O(size) an example with c < 1, not O(1).
 
     Source: https://arxiv.org/abs/1903.08671, algorithm 2.
     """
