@@ -7,7 +7,7 @@ middle of training. Their sources are what a method's stages name as data.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -353,7 +353,7 @@ def _evaluations(data: Any, default: str, columns: Columns, task: str | None) ->
 
 def _named(item: Any, name: str, kind: str) -> Any:
     """The stream's item under its name; in a stream of tasks the item's task is its name unless it says otherwise."""
-    if not is_dataclass(item):
+    if not hasattr(item, "__dataclass_fields__"):  # an item of some other make has its name
         return item
     named: dict[str, Any] = {"name": name}
     if hasattr(item, "task"):
