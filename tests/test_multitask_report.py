@@ -23,6 +23,7 @@ RECIPE = {
     "grid": [
         {"method.members": 1},
         {"method.name": "cross_stitch", "method.layers": ["0"], "method.single_task_epochs": 0.4},
+        {"method.name": "grad_norm"},
     ],
 }
 
@@ -52,14 +53,17 @@ def test_a_results_file_tells_the_gain(trained: Path, capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     rows = [r for r in json.loads(out[out.index("{") :])[str(file)] if r["metric"] == "relative_gain"]
     cells = {json.dumps(c["overrides"]): c["numbers"] for c in json.loads(file.read_text())["cells"]}
-    single, stitched = cells.values()
-    expected = sum((stitched[k] - single[k]) / single[k] for k in ("left/accuracy", "right/accuracy")) / 2
-    assert [row["mean"] for row in rows] == [0.0, pytest.approx(expected)]
+    single = next(iter(cells.values()))
+    expected = [
+        sum((found[k] - single[k]) / single[k] for k in ("left/accuracy", "right/accuracy")) / 2
+        for found in cells.values()
+    ]
+    assert [row["mean"] for row in rows] == pytest.approx(expected) and expected[0] == 0
     assert (trained / "plots" / "two_pareto.png").stat().st_size > 5000
 
 
 def test_runs_and_cards_tell_the_gain(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    single, stitched = sorted((trained / "runs" / "two").glob("seed0-*"), key=lambda f: f.stat().st_ctime)
+    single, stitched, balanced = sorted((trained / "runs" / "two").glob("seed0-*"), key=lambda f: f.stat().st_ctime)
     assert run(["report", str(stitched), "--baseline", str(single)]) == 0
     assert "relative gain over single-task training:" in capsys.readouterr().out
     assert run(["card", str(stitched / "model"), "--baseline", str(single)]) == 0
@@ -67,6 +71,10 @@ def test_runs_and_cards_tell_the_gain(trained: Path, capsys: pytest.CaptureFixtu
     assert "| all tasks |" in out and "relative_gain" in out
     assert "own_over_time.png" in out  # how much of itself each network kept
     assert (stitched / "own_over_time.png").is_file()
+    assert run(["card", str(balanced / "model"), "--baseline", str(single), "--write"]) == 0
+    text = (balanced / "model" / "README.md").read_text()
+    assert "weight_over_time.png" in text and (balanced / "weight_over_time.png").is_file()
+    assert "pareto.png" in text and (balanced / "model" / "pareto.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from hubtransfer.backbones import Backbone
-from hubtransfer.commands.report import single_task
+from hubtransfer.commands.report import draw_pareto, single_task
 from hubtransfer.evaluation import report
-from hubtransfer.evaluation.multitask import relative_gain
+from hubtransfer.evaluation.multitask import first_metrics, relative_gain
 from hubtransfer.models import TransferModel, card
+
+PARETO = "pareto.png"
 
 
 def run(path: str, repo: str | None, write: bool, baselines: Sequence[str] = ()) -> None:
@@ -21,7 +23,8 @@ def run(path: str, repo: str | None, write: bool, baselines: Sequence[str] = ())
         path: Folder of the model or patch.
         repo: Repository it will be pushed to.
         write: Whether to write README.md.
-        baselines: Single-task runs or results files: the card then has a row with the gain over them.
+        baselines: Single-task runs or results files: the card then has a row with the gain over them and, where there
+            are two tasks and it is written, a picture of one task against the other.
 
     Raises:
         FileNotFoundError: the folder holds neither.
@@ -30,6 +33,7 @@ def run(path: str, repo: str | None, write: bool, baselines: Sequence[str] = ())
     folder = Path(path)
     model, task = _load(folder)
     record = _record(folder)
+    measured = report.numbers(record) if record else {}
     if baselines:
         record = _with_gain(record, folder, baselines)
     target = folder / "README.md"
@@ -38,6 +42,8 @@ def run(path: str, repo: str | None, write: bool, baselines: Sequence[str] = ())
         return
     if target.exists() and not card.is_generated(target.read_text(encoding="utf-8")):
         raise ValueError(f"{target} was written by a person and stays; move it away to have one generated")
+    if baselines and record:
+        record = _with_picture(record, measured, folder, baselines)
     card.write(folder, model, record, task, name=repo)
     print(target)
 
@@ -59,6 +65,17 @@ def _with_gain(record: dict[str, Any] | None, folder: Path, baselines: Sequence[
         "n": None,
     }
     return {**record, "results": [*record["results"], gain]}
+
+
+def _with_picture(
+    record: dict[str, Any], measured: dict[str, float], folder: Path, baselines: Sequence[str]
+) -> dict[str, Any]:
+    """The record with a plot of the model beside single-task training, drawn into the folder."""
+    if len(first_metrics(measured)) != 2:
+        return record
+    numbers = {"this model": measured, "single task": report.mean_numbers(single_task(baselines, ()))}
+    draw_pareto([{"overrides": {}, "name": name, "numbers": of} for name, of in numbers.items()], folder / PARETO)
+    return {**record, "plots": [*record.get("plots", ()), PARETO]}
 
 
 def _load(folder: Path) -> tuple[TransferModel, str | None]:

@@ -125,7 +125,9 @@ def draw_pareto(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
     points: dict[str, list[tuple[float, float]]] = {}
     for cell in records:
         if all(axis in cell["numbers"] for axis in axes):
-            points.setdefault(_label(cell["overrides"]), []).append(tuple(cell["numbers"][axis] for axis in axes))
+            points.setdefault(cell.get("name") or _label(cell["overrides"]), []).append(
+                tuple(cell["numbers"][axis] for axis in axes)
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     share = all(axis.endswith(report.SHARES) for axis in axes)
     pareto(points, path, (axes[0], axes[1]), percent=share)
