@@ -20,7 +20,11 @@ def attention(maps: Tensor, power: float = 2.0) -> Tensor:
 
 @in_full_precision
 def attention_distance(
-    student: Tensor, teacher: Tensor, power: float = 2.0, form: Literal["paper", "code"] = "code"
+    student: Tensor,
+    teacher: Tensor,
+    power: float = 2.0,
+    form: Literal["paper", "code"] = "code",
+    places: Tensor | None = None,
 ) -> Tensor:
     r"""Returns how far apart the attention of two feature maps is, a mean over examples.
 
@@ -32,6 +36,7 @@ def attention_distance(
         teacher: Maps (batch, other channels, height, width).
         power: p of the attention.
         form: The norm, or its square over the number of positions.
+        places: How many positions of each example count, (batch,), where others are padding and zero; all by default.
 
     >>> a = torch.tensor([3.0, 4.0]).sqrt().view(1, 1, 1, 2)   # q = (0.6, 0.8)
     >>> b = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)          # q = (1, 0)
@@ -41,7 +46,9 @@ def attention_distance(
     difference = _direction(student, power) - _direction(teacher, power)
     if form == "paper":
         return torch.linalg.vector_norm(difference, dim=1).mean()
-    return difference.square().mean()
+    if places is None:
+        return difference.square().mean()
+    return (difference.square().sum(1) / places).mean()
 
 
 def _direction(maps: Tensor, power: float) -> Tensor:

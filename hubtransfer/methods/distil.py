@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor, nn
 
 from hubtransfer.data import Batch, SingleTask
-from hubtransfer.methods.feature_pairs import FeaturePairs
+from hubtransfer.methods.feature_pairs import FeaturePairs, Texts
 from hubtransfer.methods.method import Method
 from hubtransfer.methods.stage import Stage
 from hubtransfer.methods.update import Descend, Terms
@@ -73,7 +73,7 @@ class Distillation(Method, scenario=SingleTask):
         """A tensor of the student's head (or trunk), whose type and device projectors take."""
         return next(self.model.heads[self.task].parameters(), next(self.model.backbone.parameters()))
 
-    def pair(self, rule: Any, texts: bool = False) -> FeaturePairs:
+    def pair(self, rule: Any, texts: Texts = None) -> FeaturePairs:
         """Chooses the layers to compare (see `FeaturePairs`), logs them, notes which the student has to return."""
         pairs = FeaturePairs(self.model.backbone, list(self.teachers), rule, texts)
         log.info("%s compares the layers (teacher -> student) %s", type(self).__name__, pairs)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,6 +12,8 @@ from hubtransfer.data import Batch
 from hubtransfer.functional.layer_pairs import PairRule, Pairs, check_pairs, pair_layers, same_depth
 from hubtransfer.functional.maps import as_grid, same_size
 from hubtransfer.models import Teacher, TransferModelOutput
+
+Texts = Literal["tokens", "sequences"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +56,10 @@ class FeaturePairs:
         teachers: Frozen models.
         rule: How to pair (see `pair_layers`), or pairs (teacher's layer, student's layer) by name; with several
             teachers "1:layer" is a layer of teacher number 1.
-        texts: Whether texts may be compared, for losses that take each position by itself: every token that is no
-            padding then counts as an example of its own, (tokens, channels, 1, 1). "one_to_one" pairs each of the
-            student's N layers with the teacher's layer floor(i M / N), and the last with the last.
+        texts: How texts are compared, if at all. "tokens": for losses that take each position by itself; every token
+            that is no padding counts as an example of its own, (tokens, channels, 1, 1). "sequences": for losses over
+            the places of an example; (batch, channels, 1, tokens), zero where there is padding. "one_to_one" pairs
+            each of the student's N layers with the teacher's layer floor(i M / N), and the last with the last.
 
     Raises:
         ValueError: if there is no such layer or teacher (naming the nearest), or a backbone has no maps to compare
@@ -68,13 +71,13 @@ class FeaturePairs:
         student: Backbone,
         teachers: Sequence[Teacher],
         rule: PairRule | Sequence[tuple[str, str]],
-        texts: bool = False,
+        texts: Texts = None,
     ) -> None:
-        self.teachers = list(teachers)
+        self.teachers, self.texts = list(teachers), texts
         backbones = [teacher.model.backbone for teacher in self.teachers]
         everyone = {"the student": student, **{f"teacher {k}": backbone for k, backbone in enumerate(backbones)}}
         for who, backbone in everyone.items():
-            if backbone.modality == "text" and not texts:
+            if backbone.modality == "text" and texts is None:
                 raise ValueError(
                     f"{who} (text) has no feature maps of images to compare, and this method is not available for "
                     "texts; choose one of pooled features, logits or single positions"
@@ -132,7 +135,11 @@ class FeaturePairs:
 
     def own_maps(self, maps: Mapping[str, Tensor], batch: Batch) -> list[Tensor]:
         """Returns the student's map of each pair, from the maps of its forward."""
-        return [_grid(maps[pair.own.name], pair.own, batch.inputs) for pair in self.pairs]
+        return [_grid(maps[pair.own.name], pair.own, batch.inputs, self.texts) for pair in self.pairs]
+
+    def places(self, batch: Batch) -> Tensor | None:
+        """Returns how many places of the maps of each text are no padding, (batch,); of images None: all are."""
+        return batch.inputs["attention_mask"].sum(1) if "attention_mask" in batch.inputs else None
 
     def teacher_maps(self, batch: Batch) -> list[Tensor]:
         """Returns the teacher's map of each pair; each teacher runs once a step."""
@@ -149,7 +156,7 @@ class FeaturePairs:
         layers = {pair.theirs.name: pair.theirs for pair in self.pairs if pair.teacher == teacher}
         if any(layer.kind == "tokens" for layer in layers.values()):
             inputs = self.teachers[teacher].inputs(inputs)
-        return {name: _grid(maps[name], layer, inputs) for name, layer in layers.items()}
+        return {name: _grid(maps[name], layer, inputs, self.texts) for name, layer in layers.items()}
 
     def by_pair(self, found: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         """Returns what was found of the teacher's layer of each pair, teacher by teacher and layer by layer."""
@@ -178,11 +185,14 @@ def _names(layers: Iterable[LayerInfo]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(layer.name for layer in layers))
 
 
-def _grid(features: Tensor, layer: LayerInfo, inputs: Mapping[str, Tensor]) -> Tensor:
+def _grid(features: Tensor, layer: LayerInfo, inputs: Mapping[str, Tensor], texts: Texts) -> Tensor:
     if layer.kind == "map":
         return features
     if "input_ids" in inputs:
         mask = inputs.get("attention_mask")
+        if texts == "sequences":
+            known = features if mask is None else features * mask[:, :, None].to(features)
+            return known.mT[:, :, None]
         tokens = features.flatten(0, 1) if mask is None else features[mask.bool()]
         return tokens[:, :, None, None]
     height, width = inputs["pixel_values"].shape[-2:]

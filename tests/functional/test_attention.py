@@ -45,3 +45,11 @@ def test_bf16_is_computed_in_32_bits():
     a, b = torch.randn(2, 4, 3, 3).bfloat16(), torch.randn(2, 4, 3, 3).bfloat16()
     assert attention_distance(a, b).dtype == torch.float32
     assert torch.equal(attention_distance(a, b), attention_distance(a.float(), b.float()))
+
+
+def test_padding_is_no_place():
+    """Lengths 2 and 1: q = (0.6, 0.8) beside (1, 0) gives (0.16 + 0.64) / 2; one place is (1) beside (1), zero."""
+    own = torch.tensor([[3.0, 4.0, 0.0], [5.0, 0.0, 0.0]]).sqrt()[:, None, None]
+    theirs = torch.tensor([[1.0, 0.0, 0.0], [2.0, 0.0, 0.0]])[:, None, None]
+    distance = attention_distance(own, theirs, places=torch.tensor([2, 1]))
+    torch.testing.assert_close(distance, torch.tensor((0.4 + 0.0) / 2))

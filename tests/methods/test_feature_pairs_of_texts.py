@@ -30,16 +30,16 @@ def maps(student, pairs, batch):
 
 def test_each_layer_has_one_of_the_teachers_and_the_last_the_last():
     student, teacher = encoder(3), Teacher(encoder(6))
-    pairs = FeaturePairs(student.backbone, [teacher], "one_to_one", texts=True)
+    pairs = FeaturePairs(student.backbone, [teacher], "one_to_one", texts="tokens")
     layers = [pair.theirs.name for pair in pairs.pairs]
     assert layers == ["encoder.layer.0", "encoder.layer.2", "encoder.layer.5"]  # floor(i * 6 / 3), and the last
     assert [pair.own.name for pair in pairs.pairs] == [f"encoder.layer.{k}" for k in range(3)]
-    assert len(FeaturePairs(student.backbone, [teacher], "single", texts=True)) == 1
+    assert len(FeaturePairs(student.backbone, [teacher], "single", texts="tokens")) == 1
 
 
 def test_words_are_examples_and_padding_is_none():
     student, teacher = encoder(2), Teacher(encoder(4, width=24))
-    pairs = FeaturePairs(student.backbone, [teacher], "one_to_one", texts=True)
+    pairs = FeaturePairs(student.backbone, [teacher], "one_to_one", texts="tokens")
     short, long = words(), words(padding=4)
     for here, there in zip(maps(student, pairs, short), maps(student, pairs, long)):
         for one, two in zip(here, there):

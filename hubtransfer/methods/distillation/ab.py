@@ -85,7 +85,7 @@ class AB(Distillation, name="ab", config=ABConfig, scenario=SingleTask):
         self, model: TransferModel, teacher: Teacher | Sequence[Teacher], task: str | None = None, **config: Any
     ) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        self.pairs = self.pair(self.config.pairs, texts=True)
+        self.pairs = self.pair(self.config.pairs, texts="tokens")
         self.layers, self.reads = (), ()  # the second stage reads no maps
         widths = [(pair.own.channels, pair.theirs.channels) for pair in self.pairs.pairs]
         self.connectors = nn.ModuleList(

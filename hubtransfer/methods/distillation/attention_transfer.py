@@ -52,7 +52,8 @@ class AttentionTransfer(Distillation, name="attention_transfer", config=Attentio
        \Big\|_2, \qquad Q = vec \sum_c |A_c|^p
 
     over pairs j of layers with maps A, (batch, channels, height, width), of any channels; the mean over the batch. Of
-    two maps of unequal size the larger is average-pooled to the smaller. Tokens are maps without their prefix.
+    two maps of unequal size the larger is average-pooled to the smaller. Tokens are maps without their prefix; the
+    tokens of a text are its positions, padding not among them.
 
     Args:
         model: The student.
@@ -79,11 +80,12 @@ class AttentionTransfer(Distillation, name="attention_transfer", config=Attentio
         self, model: TransferModel, teacher: Teacher | Sequence[Teacher], task: str | None = None, **config: Any
     ) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        self.pairs = self.pair(self.config.pairs)
+        self.pairs = self.pair(self.config.pairs, texts="sequences")
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:
         """Returns the weighted sum over pairs: the scalar `attention`."""
         power, form = self.config.power, self.config.form
         both = self.pairs.maps(student, batch)
-        distances = [attention_distance(here, there, power, form) for there, here in both]
+        places = self.pairs.places(batch)
+        distances = [attention_distance(here, there, power, form, places) for there, here in both]
         return {"attention": self.config.beta * (0.5 if form == "paper" else 1.0) * torch.stack(distances).sum()}

@@ -55,7 +55,7 @@ class FeatureMatching(Distillation, name="feature_matching", config=FeatureMatch
         self, model: TransferModel, teacher: Teacher | Sequence[Teacher], task: str | None = None, **config: Any
     ) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        self.pairs = self.pair(self.config.pairs, texts=True)
+        self.pairs = self.pair(self.config.pairs, texts="tokens")
         self.match = self.pairs.regressors(self.like)
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:

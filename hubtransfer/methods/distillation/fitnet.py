@@ -91,7 +91,8 @@ class FitNet(Distillation, name="fitnet", config=FitNetConfig, scenario=SingleTa
         super().__init__(model, teacher, self.configure(config), task=task)
         self.hint_layers: tuple[str, ...] = ()
         if self.config.where == "maps":
-            self.pairs = self.pair(self._middle() if self.config.pairs == "middle" else self.config.pairs, texts=True)
+            chosen = self._middle() if self.config.pairs == "middle" else self.config.pairs
+            self.pairs = self.pair(chosen, texts="tokens")
             self.hint_layers = self.layers
             self.match = self.pairs.regressors(self.like)
         else:
@@ -131,7 +132,7 @@ class FitNet(Distillation, name="fitnet", config=FitNetConfig, scenario=SingleTa
     def _middle(self) -> list[tuple[str, str]]:
         """For each teacher the pair of layers in the middle of those that belong together."""
         found: dict[int, list[Pair]] = {}
-        for pair in FeaturePairs(self.model.backbone, list(self.teachers), "one_to_one", texts=True).pairs:
+        for pair in FeaturePairs(self.model.backbone, list(self.teachers), "one_to_one", texts="tokens").pairs:
             found.setdefault(pair.teacher, []).append(pair)
         middle = {k: pairs[(len(pairs) - 1) // 2] for k, pairs in found.items()}
         return [(f"{k}:{pair.theirs.name}", pair.own.name) for k, pair in middle.items()]

@@ -83,7 +83,7 @@ class FT(Distillation, name="ft", config=FTConfig, scenario=SingleTask):
         self, model: TransferModel, teacher: Teacher | Sequence[Teacher], task: str | None = None, **config: Any
     ) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        self.pairs = self.pair(self.config.pairs, texts=True)
+        self.pairs = self.pair(self.config.pairs, texts="tokens")
         side = 1 if model.backbone.modality == "text" else 3
         wide, own = ([getattr(pair, who).channels for pair in self.pairs.pairs] for who in ("theirs", "own"))
         factors = [max(1, round(self.config.rate * channels)) for channels in wide]

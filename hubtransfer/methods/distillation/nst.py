@@ -34,7 +34,8 @@ class NST(Distillation, name="nst", config=NSTConfig, scenario=SingleTask):
        \qquad k(a, b) = \Big(\frac{a^\top b}{\|a\|_2 \|b\|_2}\Big)^2
 
     over pairs j of layers with maps (batch, channels, height, width) of any channels, whose channels are vectors over
-    positions; the mean over the batch. Of two maps of unequal size the larger is average-pooled to the smaller.
+    positions; the mean over the batch. Of two maps of unequal size the larger is average-pooled to the smaller. The
+    tokens of a text are its positions, padding not among them.
 
     Args:
         model: The student.
@@ -59,7 +60,7 @@ class NST(Distillation, name="nst", config=NSTConfig, scenario=SingleTask):
         self, model: TransferModel, teacher: Teacher | Sequence[Teacher], task: str | None = None, **config: Any
     ) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        self.pairs = self.pair(self.config.pairs)
+        self.pairs = self.pair(self.config.pairs, texts="sequences")
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:
         """Returns the weighted sum over pairs: the scalar `selectivity`."""

@@ -86,7 +86,7 @@ class VID(Distillation, name="vid", config=VIDConfig, scenario=SingleTask):
     ) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
         if self.config.where == "maps":
-            self.pairs = self.pair(self.config.pairs, texts=True)
+            self.pairs = self.pair(self.config.pairs, texts="tokens")
             widths = [(pair.own.channels, pair.theirs.channels) for pair in self.pairs.pairs]
             self.means = nn.ModuleList(_network(*each) for each in widths).to(self.like)
         else:
