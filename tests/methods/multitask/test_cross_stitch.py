@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hubtransfer.backbones import Backbone
 from hubtransfer.data import Mixing, MultiTask
 from hubtransfer.methods.multitask.cross_stitch import CrossStitch
 from hubtransfer.models import ClassificationHead, TransferModel, stitched_model
@@ -30,25 +31,28 @@ def example(dtype=torch.float32, seed=0, n=24):
     return CrossStitch(model_of(dtype=dtype, seed=seed), unit_lr=10.0), scenario(n, seed, dtype)
 
 
-def test_steps_equal_a_plain_loop():
-    method, data = example(dtype=torch.float64)
-    plain = clone(method.model)
+@pytest.mark.parametrize("tasks", [("left", "right"), ("left", "right", "third")])
+def test_steps_equal_a_plain_loop(tasks):
+    method, data = CrossStitch(model_of(tasks, torch.float64), unit_lr=10.0), scenario(dtype=torch.float64)
+    if len(tasks) == 3:
+        columns = {**data.train, "third": (torch.arange(24) // 2) % 3}
+        data = MultiTask(train=columns, labels={task: task for task in tasks})
+    plain, count = clone(method.model), len(tasks)
     run(method, data, weight_decay=0.1)
-    nets = [clone(plain.backbone.trunk) for _ in range(2)]
-    heads = [plain.heads["left"], plain.heads["right"]]
-    alphas = [torch.tensor([[0.9, 0.1], [0.1, 0.9]], dtype=torch.float64)[..., None].repeat(1, 1, c) for c in (8, 16)]
+    nets = [clone(plain.backbone.trunk) for _ in tasks]
+    heads = [plain.heads[task] for task in tasks]
+    starts = {2: [[0.9, 0.1], [0.1, 0.9]], 3: [[0.9, 0.05, 0.05], [0.05, 0.9, 0.05], [0.05, 0.05, 0.9]]}
+    start = torch.tensor(starts[count], dtype=torch.float64)
+    alphas = [start[..., None].repeat(1, 1, c) for c in (8, 16)]
     for alpha in alphas:
         alpha.requires_grad_(True)
     weights = [p for module in (*nets, *heads) for p in module.parameters()]
     for batch in batches(data.train_source):
         h = [torch.tanh(net.norm1(net.stem(batch.inputs["pixel_values"]))) for net in nets]
-        h = [sum(alphas[0][i, j][:, None, None] * h[j] for j in range(2)) for i in range(2)]
+        h = [sum(alphas[0][i, j][:, None, None] * h[j] for j in range(count)) for i in range(count)]
         h = [torch.tanh(net.norm2(net.block(z))) for net, z in zip(nets, h)]
-        h = [sum(alphas[1][i, j][:, None, None] * h[j] for j in range(2)) for i in range(2)]
-        loss = sum(
-            F.cross_entropy(head(z.mean((2, 3))), batch.labels[task])
-            for head, z, task in zip(heads, h, ("left", "right"))
-        )
+        h = [sum(alphas[1][i, j][:, None, None] * h[j] for j in range(count)) for i in range(count)]
+        loss = sum(F.cross_entropy(head(z.mean((2, 3))), batch.labels[task]) for head, z, task in zip(heads, h, tasks))
         gradients = torch.autograd.grad(loss, [*weights, *alphas])
         with torch.no_grad():
             for p, g in zip(weights, gradients):
@@ -123,6 +127,27 @@ def test_trained_units_go_on_from_where_they_are():
     assert all(torch.equal(unit.alpha, alpha) for unit, alpha in zip(method.model.backbone.units, trained))
     begin(CrossStitch(method.model, single_task_epochs=1), scenario(), stage=1)  # here networks were apart before
     assert all(torch.allclose(unit.alpha[0, 1], torch.tensor(0.1)) for unit in method.model.backbone.units)
+
+
+def test_networks_of_unlike_depth_learn_together():
+    """One step moves both networks and every unit: each network's part in each mixture."""
+    torch.manual_seed(0)
+    singles = {}
+    for task, name in (("left", "timm/resnet10t"), ("right", "timm/resnet18")):
+        backbone = Backbone.from_pretrained(name, pretrained=False, image_size=32)
+        singles[task] = TransferModel(backbone).add_task(task, ClassificationHead(2))
+    method = CrossStitch(stitched_model(singles, ["layer1", "layer3"]))
+    x, y = torch.randn(8, 3, 32, 32), torch.arange(8) % 2
+    data = MultiTask(train={"pixel_values": x, "left": y, "right": 1 - y}, labels={"left": "left", "right": "right"})
+    before = snapshot(method.model)
+    run(method, data, steps=1)
+    moved = changed(before, method.model)
+    for number, name in enumerate(("layer1", "layer3")):
+        alpha, start = method.model.backbone.units[number].alpha, before[f"backbone.trunk.units.{number}.alpha"]
+        assert (alpha != start).any(-1).all(), f"after {name}: {(alpha != start).float().mean(-1)}"
+    for number in range(2):
+        for part in ("conv1", "layer1", "layer2", "layer3", "layer4"):
+            assert any(key.startswith(f"backbone.trunk.towers.{number}.trunk.{part}.") for key in moved), part
 
 
 def test_frozen_parts_stay_as_they_are():

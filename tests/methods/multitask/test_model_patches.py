@@ -11,7 +11,7 @@ from hubtransfer.methods.finetuning.fine_tune import FineTune
 from hubtransfer.methods.multitask.model_patches import ModelPatches
 from hubtransfer.models import ClassificationHead, TransferModel
 from hubtransfer.patches import DepthwiseConfig, ScaleBiasConfig
-from tests.methods.multitask.tasks import scenario, streams, two_headed
+from tests.methods.multitask.tasks import model_with, scenario, streams, two_headed
 from tests.methods.steps import assert_same_parameters, batches, begin, changed, clone, run, snapshot
 from tests.tiny import SHAPE, tiny_data
 
@@ -37,6 +37,17 @@ def batch_norm_model(**patches):
     return model
 
 
+def patched(trunk, patch, z):
+    """The network with the patch's scale and bias written out in the places of the trunk's."""
+    for name, module in trunk.named_children():
+        if isinstance(module, nn.GroupNorm):
+            own = getattr(patch.own, name)
+            z = F.group_norm(z, module.num_groups, own.weight, own.bias, module.eps)
+        else:
+            z = module(z)
+    return z
+
+
 @pytest.mark.parametrize("mode", ["transfer", "simultaneous"])
 def test_steps_in_turns_equal_a_plain_loop(mode):
     method = ModelPatches(two_headed(torch.float64, **PATCHES), mode=mode)
@@ -47,14 +58,7 @@ def test_steps_in_turns_equal_a_plain_loop(mode):
         ((task, batch),) = streams_of_step.items()
         seen.append(task)
         patch, head, trunk = plain.patches[task], plain.heads[task], plain.backbone.trunk
-        # the network with the patch's scale and bias written out in the places of the trunk's
-        z = batch.inputs["pixel_values"]
-        for name, module in trunk.named_children():
-            if isinstance(module, nn.GroupNorm):
-                own = getattr(patch.own, name)
-                z = F.group_norm(z, module.num_groups, own.weight, own.bias, module.eps)
-            else:
-                z = module(z)
+        z = patched(trunk, patch, batch.inputs["pixel_values"])
         learning = [*patch.parameters(), *head.parameters()]
         if mode == "simultaneous":
             learning += [p for n, p in trunk.named_parameters() if "norm" not in n]
@@ -63,6 +67,30 @@ def test_steps_in_turns_equal_a_plain_loop(mode):
             for p, g in zip(learning, gradients):
                 p.sub_(0.05 * g)
     assert set(seen) == {"left", "right"}
+    assert_same_parameters(method.model, plain, 1e-10)
+
+
+@pytest.mark.parametrize("mode", ["transfer", "simultaneous"])
+def test_steps_of_three_tasks_equal_a_plain_loop(mode):
+    """K = 3 on the same inputs: the trunk follows the sum of the losses, each through its own patch."""
+    tasks = ("left", "right", "size")
+    model = model_with(tasks, torch.float64, left=ScaleBiasConfig(), right=ScaleBiasConfig(), size=ScaleBiasConfig())
+    method, data, plain = ModelPatches(model, mode=mode), scenario(24, 0, torch.float64, tasks), clone(model)
+    run(method, data, steps=2)
+    learning = [p for task in tasks for m in (plain.patches, plain.heads) for p in m[task].parameters()]
+    if mode == "simultaneous":
+        learning += [p for n, p in plain.backbone.trunk.named_parameters() if "norm" not in n]
+    for batch in batches(data.train_source, 2):
+        out = {
+            task: plain.heads[task](patched(plain.backbone.trunk, plain.patches[task], batch.inputs["pixel_values"]))
+            for task in tasks
+        }
+        loss = F.cross_entropy(out["left"], batch.labels["left"]) + F.cross_entropy(out["right"], batch.labels["right"])
+        loss = loss + F.mse_loss(out["size"][:, 0], batch.labels["size"])
+        gradients = torch.autograd.grad(loss, learning)
+        with torch.no_grad():
+            for p, g in zip(learning, gradients):
+                p.sub_(0.05 * g)
     assert_same_parameters(method.model, plain, 1e-10)
 
 
