@@ -37,7 +37,7 @@ def channel_mmd(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @in_full_precision
-def flow(top: Tensor, bottom: Tensor) -> Tensor:
+def flow(top: Tensor, bottom: Tensor, places: Tensor | None = None) -> Tensor:
     r"""Returns the flow of the solution procedure, (batch, channels of top, channels of bottom).
 
     .. math:: G_{ij} = \frac{1}{HW} \sum_{hw} A_{ihw} B_{jhw}
@@ -45,11 +45,13 @@ def flow(top: Tensor, bottom: Tensor) -> Tensor:
     Args:
         top: Maps A where a part of the network begins, (batch, channels, height, width).
         bottom: Maps B where it ends, (batch, other channels, height, width).
+        places: How many positions of each example count, (batch,), where others are padding and zero; all by default.
 
     >>> flow(torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([[[[2.0, 4.0]]]]))   # (1 * 2 + 3 * 4) / 2
     tensor([[[7.]]])
     """
-    return _gram(top.flatten(2), bottom.flatten(2).mT) / (top.shape[2] * top.shape[3])
+    count = top.shape[2] * top.shape[3] if places is None else places[:, None, None]
+    return _gram(top.flatten(2), bottom.flatten(2).mT) / count
 
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:

@@ -29,7 +29,6 @@ from tests.tiny import batch, tiny_data, tiny_model
 
 DISTILLATION = [name for name in NAMES if ".distillation." in cls_of(name).__module__]
 NEEDS_IMAGES = {
-    "fsp": "products of maps over places",
     "jacobian": "a derivative in the input, and token numbers have none",
     "sobolev": "a derivative in the input, and token numbers have none",
     "l2t_w": "weights of a map's channels, a mean over places",

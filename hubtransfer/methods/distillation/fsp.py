@@ -50,7 +50,8 @@ class FSP(Distillation, name="fsp", config=FSPConfig, scenario=SingleTask):
 
     over consecutive pairs of layers with maps A^k, (batch, channels, height, width), the larger of the two
     average-pooled to the smaller; the mean over the batch. Where the student has other channels than the teacher, a 1x1
-    convolution of its map is compared. Student and teacher may see other sizes: the flows have none.
+    convolution of its map is compared. Student and teacher may see other sizes: the flows have none. The tokens of a
+    text are its positions, padding not among them.
 
     Args:
         model: The student.
@@ -78,7 +79,7 @@ class FSP(Distillation, name="fsp", config=FSPConfig, scenario=SingleTask):
         self, model: TransferModel, teacher: Teacher | Sequence[Teacher], task: str | None = None, **config: Any
     ) -> None:
         super().__init__(model, teacher, self.configure(config), task=task)
-        self.pairs = self.pair(self.config.pairs)
+        self.pairs = self.pair(self.config.pairs, texts="sequences")
         found = list(enumerate(self.pairs.pairs))
         self.parts = [(a, b) for (a, one), (b, two) in pairwise(found) if one.teacher == two.teacher]
         if not self.parts:
@@ -94,10 +95,14 @@ class FSP(Distillation, name="fsp", config=FSPConfig, scenario=SingleTask):
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:
         """Returns the weighted sum over flows: the scalar `flow`."""
         assert student.features is not None
-        here = self.pairs.own_maps(student.features.maps, batch)
-        own = self._flows([project(maps) for project, maps in zip(self.projections, here)])
-        theirs = batch.once(("flows", id(self)), lambda: self._flows(self.pairs.teacher_maps(batch)))
+        here, places = self.pairs.own_maps(student.features.maps, batch), self.pairs.places(batch)
+        projected = [project(maps) for project, maps in zip(self.projections, here)]
+        if places is not None:  # a projection's bias is no activation of padding
+            real = batch.inputs["attention_mask"][:, None, None]
+            projected = [maps * real.to(maps) for maps in projected]
+        own = self._flows(projected, places)
+        theirs = batch.once(("flows", id(self)), lambda: self._flows(self.pairs.teacher_maps(batch), places))
         return {"flow": self.config.beta * torch.stack([(s - t).square().mean() for s, t in zip(own, theirs)]).sum()}
 
-    def _flows(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        return [flow(*same_size(maps[top], maps[bottom])) for top, bottom in self.parts]
+    def _flows(self, maps: Sequence[Tensor], places: Tensor | None) -> list[Tensor]:
+        return [flow(*same_size(maps[top], maps[bottom]), places) for top, bottom in self.parts]
