@@ -16,6 +16,7 @@ from hubtransfer.data.files import package_file
 from hubtransfer.data.sources import Request, Splits, data_source
 
 CELLS = ("functional", "defective")
+TYPES = ("mono", "poly")
 
 
 @data_source("elpv")
@@ -23,29 +24,34 @@ def elpv(request: Request) -> Splits:
     """2,624 photographs of solar cells of 300 x 300 pixels, functional or defective, from elpv-dataset.
 
     Electroluminescence images; a cell counts as defective when the experts' probability of a defect is above one half.
+    For several tasks, ``probability`` (n,) is that of the experts, 0, 1/3, 2/3 or 1, and ``type`` (n,) the wafer's: 0
+    for monocrystalline, 1 for polycrystalline.
     The images are CC BY-NC-SA 4.0 (not for commercial use), so the package is no dependency of this one.
 
     Source: Deitsch et al., "Automatic classification of defective photovoltaic module cells in electroluminescence
     images", https://doi.org/10.1016/j.solener.2019.02.067.
     """
-    pixels, labels = _cells(package_file("elpv_dataset", "elpv-dataset", "data/labels.csv", "pip install elpv-dataset"))
+    table = package_file("elpv_dataset", "elpv-dataset", "data/labels.csv", "pip install elpv-dataset")
+    pixels, probability, kind = _cells(table)
+    columns = {"labels": (probability > 0.5).long(), "probability": probability, "type": kind}
     parts = [
-        {"pixel_values": pixels[rows].contiguous(), "labels": labels[rows]}
-        for rows in stratified(labels, 0.8, request.seed)
+        {"pixel_values": pixels[rows].contiguous(), **{name: values[rows] for name, values in columns.items()}}
+        for rows in stratified(columns["labels"], 0.8, request.seed)
     ]
     return Splits(parts[0], parts[1], CELLS, "elpv-dataset")
 
 
 @lru_cache(maxsize=1)
-def _cells(table: Path) -> tuple[Tensor, Tensor]:
+def _cells(table: Path) -> tuple[Tensor, Tensor, Tensor]:
     from PIL import Image
 
-    images, defective = [], []
+    images, probabilities, kinds = [], [], []
     for row in csv.reader(table.read_text().splitlines(), delimiter=" ", skipinitialspace=True):
         with Image.open(table.parent / row[0]) as image:
             images.append(np.asarray(image.convert("L")))
-        defective.append(float(row[1]) > 0.5)
-    return torch.from_numpy(np.stack(images)), torch.tensor(defective).long()
+        probabilities.append(float(row[1]))
+        kinds.append(TYPES.index(row[2]))
+    return torch.from_numpy(np.stack(images)), torch.tensor(probabilities), torch.tensor(kinds)
 
 
 @data_source("20newsgroups")

@@ -332,7 +332,7 @@ def packages(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_solar_cells_are_labelled_by_the_probability_of_a_defect(packages):
+def test_solar_cells_are_labelled_by_the_probability_of_a_defect_and_the_type(packages):
     folder = packages / "elpv_dataset" / "data"
     (folder / "images").mkdir(parents=True)
     (packages / "elpv_dataset" / "__init__.py").write_text("raise RuntimeError('nobody runs the package')")
@@ -346,8 +346,15 @@ def test_solar_cells_are_labelled_by_the_probability_of_a_defect(packages):
     assert found.classes == ("functional", "defective")
     assert found.train["pixel_values"].shape == (16, 8, 8)
     for part in (found.train, found.test):
-        for image, label in zip(part["pixel_values"], part["labels"]):
-            assert label == (image[0, 0] // 10 % 4 >= 2)
+        assert set(part) == {"pixel_values", "labels", "probability", "type"}
+        for image, label, probability, kind in zip(
+            *(part[name] for name in ("pixel_values", "labels", "probability", "type"))
+        ):
+            cell = image[0, 0].item() // 10
+            assert label == (cell % 4 >= 2)
+            assert probability.item() == pytest.approx((cell % 4) / 3)
+            assert kind == (1 - cell % 2)  # mono, poly
+    assert (found.train["probability"].dtype, found.train["type"].dtype) == (torch.float32, torch.int64)
 
 
 def test_newsgroups(packages):

@@ -31,9 +31,9 @@ MARKERS = {"kind": -100, "flags": NAN, "value": NAN, "pixels": 255}
 class Together(Method, scenario=MultiTask):
     """The sum of all tasks' losses, for any kind of data."""
 
-    def __init__(self, model):
+    def __init__(self, model, tasks=None):
         super().__init__(model, task=next(iter(model.tasks)))
-        self.tasks = task_names(model, None, "Together")
+        self.tasks = task_names(model, tasks, "Together")
 
     def loss(self, batch):
         return task_losses(self.model, self.tasks, batch)
@@ -136,6 +136,60 @@ def test_a_task_without_any_label_in_an_epoch_is_named_before_work_starts(task, 
     with pytest.raises(ValueError, match=f"no example of '.*' has a label for task '{task}'"):
         run(method, data)
     assert not changed(before, method)
+
+
+@pytest.mark.parametrize("method", [Together, MGDA])
+@pytest.mark.parametrize("where", ["train", "evaluation"])
+def test_a_data_set_of_its_own_without_any_label_is_named_too(method, where):
+    good, bad = streams().datasets, dict(streams().datasets)
+    bad["value"] = {**bad["value"], "labels": torch.full((12,), NAN)}
+    data = MultiTask(bad, evaluation=good) if where == "train" else MultiTask(good, evaluation=bad)
+    method = method(four_headed())
+    before = snapshot(method)
+    with pytest.raises(ValueError, match="no example of '.*value.*' has a label for task 'value'"):
+        run(method, data)
+    assert not changed(before, method)
+
+
+class Lazy(torch.utils.data.Dataset):
+    """Examples that are computed one by one: what labels there are is not known before."""
+
+    def __init__(self, columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(self.columns["pixel_values"])
+
+    def __getitem__(self, row):
+        return {name: values[row] for name, values in self.columns.items()}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("method", [Together, MGDA])
+@pytest.mark.parametrize("task", HEADS)
+def test_where_labels_are_not_known_before_a_task_without_any_takes_no_part(method, task, own):
+    """An epoch ends as without the task: the same trunk and heads, and its own head as it was."""
+    others = tuple(name for name in HEADS if name != task)
+    columns = shared(12, dtype=torch.float64, missing={task: slice(None)})
+
+    def data(names):
+        if own:
+            sets = {t: Lazy({"pixel_values": columns["pixel_values"], "labels": columns[t]}) for t in names}
+            return MultiTask(sets)
+        examples = Lazy({"pixel_values": columns["pixel_values"], **{t: columns[t] for t in names}})
+        return MultiTask(train=examples, labels={t: t for t in names})
+
+    every = method(four_headed(torch.float64))
+    less = method(clone(every.model), others)
+    start = snapshot(every.model.heads[task])
+    run(every, data(tuple(HEADS)), steps=None, epochs=1, batch_size=4)
+    run(less, data(others), steps=None, epochs=1, batch_size=4)
+    assert not changed(start, every.model.heads[task])
+    for (name, one), two in zip(every.model.named_parameters(), less.model.parameters()):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    assert not torch.equal(
+        every.model.backbone.trunk.stem.weight, four_headed(torch.float64).backbone.trunk.stem.weight
+    )
 
 
 @pytest.mark.parametrize("patches", [{}, {"kind": ScaleBiasConfig(), "flags": ScaleBiasConfig()}])

@@ -75,6 +75,29 @@ def test_one_pass_equals_one_task_at_a_time(name, pretrained, patches):
     assert not torch.allclose(model(x, task=other).logits, expected, atol=1e-2)  # whose turn it is matters
 
 
+@pytest.mark.parametrize("name", ["timm/mobilenetv2_100", "timm/vit_tiny_patch16_224"])
+@torch.no_grad()
+def test_thirty_two_tasks_in_one_batch(name):
+    """32 examples, each of a task of its own, and of four tasks in turn: 1e-5 of the largest logit, a call a head."""
+    model = serving(name, [ScaleBiasConfig()] * 32, 32)
+    x = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(3)).tolist()
+    calls, passes = {task: [] for task in model.heads}, Passes(model)
+    for task, head in model.heads.items():
+        head.register_forward_pre_hook(lambda module, args, task=task: calls[task].append(len(args[0])))
+    for many in (32, 4):
+        tasks = [f"t{k % many}" for k in order]
+        expected = one_by_one(model, x, tasks)
+        model(x, task=tasks)  # the first time it is tried out
+        passes.sizes.clear()
+        for sizes in calls.values():
+            sizes.clear()
+        logits = model(x, task=tasks).logits
+        assert passes.sizes == [32]
+        assert calls == {task: [32 // many] if int(task[1:]) < many else [] for task in calls}
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
 def test_in_training_and_for_other_kinds_each_patch_has_its_pass():
     model = tiny_model(3, "norms", patch=ScaleBiasConfig())
     for name, patch in (("more", ScaleBiasConfig()), ("lora", peft.LoraConfig(r=2, target_modules="block")),

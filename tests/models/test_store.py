@@ -100,6 +100,31 @@ def test_memory_is_that_of_the_patches(model, folder):
     assert len(list(model.modules())) == len(list(moved(tiny_model(2, "own", patch=ScaleBiasConfig())).modules()))
 
 
+@torch.no_grad()
+def test_a_thousand_patches_stay_and_the_next_takes_the_place_of_the_oldest(model, folder):
+    """A thousand is the default; all of them are the trunk once and their own numbers, and each still answers."""
+    names = {f"t{k}": folder / TASKS[k % 4] for k in range(1001)}
+    store, first = model.serve(names), list(names)[:1000]
+    trunk = sum(p.numel() for p in model.backbone.parameters())
+    store.hold(first)
+    alone = tiny_model(3, "t", patch=ScaleBiasConfig())
+    numbers = alone.patches["t"].num_parameters() + sum(p.numel() for p in alone.heads["t"].parameters())
+    assert store.resident == tuple(first) and store.nbytes == 1000 * 4 * numbers
+    assert sum(p.numel() for p in model.backbone.parameters()) == trunk
+    tasks, expected = ["t0", "t999", "t501", "t998", "t0", "t3"], with_all(folder, TASKS[:4])
+    passes = Passes(model)
+    model(X, task=tasks)
+    passes.sizes.clear()
+    logits = model(X, task=tasks).logits
+    assert passes.sizes == [6]
+    for row, task in enumerate(tasks):
+        source = TASKS[int(task[1:]) % 4]
+        torch.testing.assert_close(logits[row], expected(X[row : row + 1], task=source).logits[0])
+    store.get("t1000")
+    assert len(store) == 1000 and "t1" not in store and "t0" in store and "t1000" in store
+    assert store.nbytes == 1000 * 4 * numbers
+
+
 def test_the_least_recently_used_makes_room(model, folder):
     store = model.serve(folder, capacity=2)
     store.hold(["ants", "bees"])
