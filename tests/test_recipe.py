@@ -104,7 +104,7 @@ def test_one_data_set_becomes_a_stream_of_tasks() -> None:
         ({"stream": {"permuted": DATA, "rotated": DATA}}, "give one of permuted, rotated"),
         ({"stream": {"permuted": {**DATA, "taks": 3}}}, "unknown key 'taks' in data.stream.permuted"),
         ({"stream": {"permuted": {**DATA, "tasks": "x"}}}, "data.stream.permuted.tasks must be int"),
-        ({"stream": {"permuted": DATA}, "kind": "task"}, "of kind 'domain', not 'task'"),
+        ({"stream": {"permuted": DATA}, "kind": "class"}, "their kind is 'domain' or 'task', not 'class'"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             build_scenario(section, TaskStream)
