@@ -57,7 +57,10 @@ def evaluate(
             logits = torch.cat([value for _, value in sorted(outputs, key=lambda pair: pair[0])])
             target = torch.cat([value for _, value in sorted(labels, key=lambda pair: pair[0])])
             names = getattr(head, "labels", None)
-            found = (first_metric if brief else evaluate_outputs)(head.predicts, logits, target, names=names)
+            try:
+                found = (first_metric if brief else evaluate_outputs)(head.predicts, logits, target, names=names)
+            except ValueError as error:  # such as no label at all, in data that cannot be looked through before
+                raise ValueError(f"evaluation of task {task!r} on {name!r}: {error}") from error
             prefix = f"{name}/" if len(sets) > 1 else ""
             metrics |= {prefix + key: value for key, value in found.metrics.items()}
             tables[name] = found.tables

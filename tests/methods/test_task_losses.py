@@ -192,6 +192,12 @@ def test_where_labels_are_not_known_before_a_task_without_any_takes_no_part(meth
     )
 
 
+def test_an_evaluation_set_whose_labels_are_not_known_before_is_named_when_it_has_none():
+    columns = shared(12, missing={"value": slice(None)})
+    with pytest.raises(ValueError, match="evaluation of task 'value' on 'value': regression: no example has a label"):
+        run(Together(four_headed()), scenario(shared(12), Lazy(columns)), steps=1, evaluate="stage")
+
+
 @pytest.mark.parametrize("patches", [{}, {"kind": ScaleBiasConfig(), "flags": ScaleBiasConfig()}])
 @pytest.mark.parametrize("batches", ["alternating", "mixed"])
 def test_streams_of_different_heads_take_turns(batches, patches):
