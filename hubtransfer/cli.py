@@ -40,7 +40,7 @@ def options(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe (YAML).")],
+    recipe: Annotated[str, typer.Argument(help="A recipe (YAML), a folder of them, or a pattern in quotes.")],
     overrides: Overrides = None,
     results: Annotated[str | None, typer.Option(help="Results file (default: beside the recipe).")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run finished cells again.")] = False,

@@ -149,6 +149,21 @@ def test_train_evaluate_card_report(written: Path, capsys: pytest.CaptureFixture
     assert outcome(capsys, "inspect", folder / "model")[0] == 0
 
 
+def test_train_runs_all_recipes_of_a_folder_or_a_pattern(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("all").mkdir()
+    for name in ("b", "a", "other"):
+        config.dump_yaml(RECIPE, f"all/{name}.yaml")
+    code, out, _ = outcome(capsys, "train", "all/?.yaml")
+    assert code == 0
+    assert out.index("results: all/a.results.json") < out.index("results: all/b.results.json")
+    assert not Path("all/other.results.json").exists()
+    assert outcome(capsys, "train", "all")[0] == 0
+    assert json.loads(Path("all/other.results.json").read_text())["cells"]
+
+    assert "is 3 recipes" in outcome(capsys, "train", "all", "--results", "r.json")[2]
+    assert "error: all has no recipe z*.yaml" in outcome(capsys, "train", "all/z*.yaml")[2]
+
+
 def test_push_goes_to_the_hub(written: Path, hub: object, capsys: pytest.CaptureFixture[str]) -> None:
     from hubtransfer.models import TransferModel
     from hubtransfer.recipe import build

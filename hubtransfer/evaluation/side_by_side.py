@@ -99,7 +99,7 @@ def _lines(axis: Any, rows: Sequence[Row], colours: dict[str, str], unit: str, c
     axis.set_xticks(every, [str(place) for place in every])
     axis.minorticks_off()
     axis.set(xlabel=columns, ylabel=unit, title="Over all values")
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)  # curves fill the axes
 
 
 def _dots(axis: Any, rows: Sequence[Row], column: Any, colours: dict[str, str], unit: str, scale: float) -> None:
