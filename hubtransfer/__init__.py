@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         blurred_stream as blurred_stream,
         domain_tasks as domain_tasks,
         load_data as load_data,
+        noised_tasks as noised_tasks,
         permuted_tasks as permuted_tasks,
         rotated_tasks as rotated_tasks,
         split_tasks as split_tasks,
@@ -71,8 +72,8 @@ __version__ = "0.1.0"
 _HOME = {
     "hubtransfer.backbones": "Backbone Features",
     "hubtransfer.data": "Augment Batch ClassBalanced DataStream DomainPair GradientBased Hardest Herding "
-    "Mixing MixUp MultiTask Reservoir Ring SingleTask TaskStream blurred_stream domain_tasks load_data permuted_tasks "
-    "rotated_tasks split_tasks",
+    "Mixing MixUp MultiTask Reservoir Ring SingleTask TaskStream blurred_stream domain_tasks load_data noised_tasks "
+    "permuted_tasks rotated_tasks split_tasks",
     "hubtransfer.methods": "Method OptimizerConfig",
     "hubtransfer.methods.finetuning": "FineTune",
     "hubtransfer.models": "ClassificationHead DenseHead MultiLabelHead NearestMeanHead PatchStore RegressionHead "

@@ -94,6 +94,8 @@ def test_one_data_set_becomes_a_stream_of_tasks() -> None:
     assert len(again) == 20
     turned = build_scenario({"stream": {"rotated": {**DATA, "tasks": 2, "max_angle": 90}}}, TaskStream)
     assert len(turned) == 2
+    noised = build_scenario({"stream": {"noised": {**DATA, "tasks": 2, "max_noise": 0.0}}}, TaskStream)
+    assert noised[1].train_source.table.level == 0
     split = build_scenario({"stream": {"split": {**DATA, "classes": 5}}, "kind": "task"}, TaskStream)
     assert [item.task for item in split] == ["0-1-2-3-4", "5-6-7-8-9"]
     blurred = {"stream": {"split": {**DATA, "classes": 5}}, "blur": 0.1}
@@ -108,6 +110,21 @@ def test_one_data_set_becomes_a_stream_of_tasks() -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             build_scenario(section, TaskStream)
+
+
+def test_a_list_may_hold_data_sets_seen_in_other_ways() -> None:
+    mixed = [DATA, {"rotated": {**DATA, "tasks": 2}}, {"noised": "digits"}]
+    row = build_scenario({"stream": mixed[:2]}, TaskStream, seed=3)
+    assert [item.name for item in row] == ["digits", "rotated-1", "rotated-2"] == [item.task for item in row]
+    alone = build_scenario({"stream": mixed[1]}, TaskStream, seed=3)
+    assert torch.equal(row[2].train_source.table.origin, alone[1].train_source.table.origin)
+    assert len(build_scenario({"stream": mixed, "kind": "domain"}, TaskStream)) == 23
+    twice = build_scenario({"stream": [mixed[1], mixed[1]]}, TaskStream)
+    assert [item.task for item in twice] == ["1-rotated-1", "2-rotated-2", "3-rotated-1", "4-rotated-2"]
+    with pytest.raises(ValueError, match=re.escape("unknown key 'taks' in data.stream[0].noised; did you mean 'task'")):
+        build_scenario({"stream": [{"noised": {**DATA, "taks": 3}}]}, TaskStream)
+    with pytest.raises(ValueError, match="rotated tasks have the same classes all along"):
+        build_scenario({"stream": mixed, "kind": "class"}, TaskStream)
 
 
 def test_heads_know_all_classes_of_a_stream_that_brings_them_in_portions() -> None:
@@ -503,6 +520,13 @@ def _untrained(section: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _few_views(section: dict[str, Any]) -> dict[str, Any]:
+    """At most two tasks of such a data set seen in several ways."""
+    ((way, one),) = section.items()
+    number = {"tasks": min(2, one["tasks"])} if "tasks" in one else {}
+    return {way: _few({key: value for key, value in one.items() if key != "tasks"}) | number}
+
+
 def _few(section: Any) -> Any:
     """A data section in which every data set has 12 examples to learn from and 8 to be tested on."""
     if isinstance(section, str):
@@ -512,12 +536,10 @@ def _few(section: Any) -> Any:
         found |= {key: _few(found[key])} if key in found else {}
     if "tasks" in found:
         found["tasks"] = {task: _few(one) for task, one in found["tasks"].items()}
-    if isinstance(found.get("stream"), dict):
-        ((way, one),) = found["stream"].items()
-        number = {"tasks": 2} if "tasks" in one else {}
-        found["stream"] = {way: _few({key: value for key, value in one.items() if key != "tasks"}) | number}
-    elif "stream" in found:
-        found["stream"] = [_few(one) for one in found["stream"]]
+    if "stream" in found:
+        rows = found["stream"] if isinstance(found["stream"], list) else [found["stream"]]
+        rows = [_few_views(one) if isinstance(one, dict) and "name" not in one else _few(one) for one in rows]
+        found["stream"] = rows if isinstance(found["stream"], list) else rows[0]
     if not {"source", "tasks", "stream"} & set(found):
         tested = found.get("evaluation", {})
         found |= {"limit": 12, "evaluation": {**tested, "limit": 8} if isinstance(tested, dict) else tested}

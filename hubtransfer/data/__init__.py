@@ -11,7 +11,14 @@ from hubtransfer.data.scenario import DataStream, DomainPair, MultiTask, SingleT
 from hubtransfer.data.source import Source
 from hubtransfer.data.sources import Splits, data_source, data_sources, load_data
 from hubtransfer.data.table import Table
-from hubtransfer.data.task_streams import blurred_stream, domain_tasks, permuted_tasks, rotated_tasks, split_tasks
+from hubtransfer.data.task_streams import (
+    blurred_stream,
+    domain_tasks,
+    noised_tasks,
+    permuted_tasks,
+    rotated_tasks,
+    split_tasks,
+)
 
 __all__ = [
     "Augment",
@@ -43,6 +50,7 @@ __all__ = [
     "data_sources",
     "domain_tasks",
     "load_data",
+    "noised_tasks",
     "permuted_tasks",
     "rotated_tasks",
     "split_tasks",

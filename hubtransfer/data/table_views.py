@@ -1,4 +1,4 @@
-"""Tables seen in another way, without a copy: some of their rows, pixels in another order, one after another."""
+"""Tables seen in another way, without a copy: some rows, pixels in another order or in noise, one after another."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hubtransfer.data.seeds import row_bytes
 from hubtransfer.data.table import Table, Values, as_labels, hash_values
 
 
@@ -148,6 +149,51 @@ class Rearranged(_View):
         super()._content(digest)
         digest.update(self.rearranged.encode())
         hash_values(digest, self.origin)
+
+
+class Noised(_View):
+    """Images before a noisy background: each value is the lighter one of the image's and of noise of the row's own.
+
+    The noise is uniform between black and a share of white. It depends on the seed and the row's number alone and is
+    made when a row is read: the same in every epoch and process, and nothing is kept.
+
+    Args:
+        base: a table with a column of images, uint8 with white 255 or real numbers with white 1.
+        column: the images.
+        strength: share of white that the lightest noise has, in steps of 1/256.
+        seed: of the noise.
+
+    Raises:
+        ValueError: a strength outside 0 to 1, or images of another kind.
+    """
+
+    def __init__(self, base: Table, column: str, strength: float, seed: int):
+        super().__init__(base)
+        if not 0 <= strength <= 1:
+            raise ValueError(f"noise has a strength between 0 and 1 (black and white), not {strength}")
+        image_size(base, column)
+        self.noised, self.level, self.seed = column, round(256 * strength), seed
+        self.gather(torch.zeros(1, dtype=torch.int64), [column])
+
+    def gather(self, index: Tensor, columns: Sequence[str] | None = None) -> dict[str, Values]:
+        """The base's rows, their images noised."""
+        found = self.base.gather(index, columns)
+        images = found.get(self.noised)
+        if images is None:
+            return found
+        if not isinstance(images, Tensor) or not (images.dtype == torch.uint8 or images.is_floating_point()):
+            raise ValueError(f"images in column {self.noised!r} are neither bytes nor real numbers of one size")
+        drawn = row_bytes(self.seed, index, images[0].numel()).reshape(images.shape)
+        noise = ((drawn.int() * self.level) >> 8).to(images.dtype)
+        return found | {self.noised: torch.maximum(images, noise if images.dtype == torch.uint8 else noise / 255)}
+
+    def column(self, name: str) -> Values | None:
+        """A whole column, except the images."""
+        return None if name == self.noised else self.base.column(name)
+
+    def _content(self, digest: Any) -> None:
+        super()._content(digest)
+        digest.update(f"{self.noised} {self.level} {self.seed}".encode())
 
 
 def image_size(table: Table, column: str) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""Streams of tasks made of one data set: permuted, rotated, split by label or by domain, with blurred boundaries.
+"""Streams of tasks made of one data set: permuted, rotated, noised, split by label or domain, with blurred boundaries.
 
-Tasks are views: nothing is copied. One seed fixes the order of the tasks, permutations and angles, whatever random
-numbers are drawn elsewhere, so every method with the same seed sees the same tasks.
+Tasks are views: nothing is copied. One seed fixes the order of the tasks, permutations, angles and noise, whatever
+random numbers are drawn elsewhere, so every method with the same seed sees the same tasks.
 
     >>> data = {"pixel_values": torch.zeros(6, 4, 4, dtype=torch.uint8), "labels": torch.arange(6) % 3}
     >>> [task.name for task in permuted_tasks(data, tasks=3)]
@@ -11,7 +11,8 @@ numbers are drawn elsewhere, so every method with the same seed sees the same ta
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -22,9 +23,11 @@ from hubtransfer.data.scenario import Columns, DataStream, SingleTask, TaskStrea
 from hubtransfer.data.seeds import seed_of
 from hubtransfer.data.source import Source
 from hubtransfer.data.table import Table
-from hubtransfer.data.table_views import InARow, Rearranged, Rows, image_size
+from hubtransfer.data.table_views import InARow, Noised, Rearranged, Rows, image_size
 
 Kind = Literal["task", "class", "domain"]
+Images = Sequence[tuple[Table, str]]
+"""Tables with their column of images: training data, then evaluation data where there are any."""
 
 
 def permuted_tasks(
@@ -128,6 +131,57 @@ def rotation(height: int, width: int, degrees: float) -> Tensor:
     row = (math.sin(angle) * x + math.cos(angle) * y + height / 2).floor().long()
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     return torch.where(inside, row * width + column, -1).flatten()
+
+
+def noised_tasks(
+    train: Any,
+    evaluation: Any = None,
+    *,
+    tasks: int = 20,
+    max_noise: float = 1.0,
+    kind: Kind = "domain",
+    seed: int = 0,
+    columns: Columns = None,
+    name: str = "",
+) -> TaskStream:
+    """Every task has the images before a noisy background, which is as bright as a share of white of its own.
+
+    A pixel becomes ``max(x, a u)``, with u drawn for each pixel of each image uniformly from black to white, once and
+    for all, and the share a for each task uniformly from ``[0, max_noise)``.
+
+    Source: the random backgrounds of https://doi.org/10.1145/1273496.1273556 (there a = 1); digits with noise behind
+    them as tasks in https://arxiv.org/abs/1708.01547, section 4.
+
+    Args:
+        train: images of one size with labels, bytes with white 255 or real numbers with white 1.
+        evaluation: the like.
+        tasks: number of tasks.
+        max_noise: share of white.
+        kind: ``"domain"``: one head for all; ``"task"``: every task has its own.
+        seed: of the shares and the noise.
+        columns: renames, canonical name -> column.
+        name: for messages and tables.
+
+    Returns:
+        A stream with tasks ``noised-1`` ...
+
+    Raises:
+        ValueError: fewer than one task, a share outside 0 to 1, kind ``"class"``, or inputs that are no such images.
+    """
+    if not 0 <= max_noise <= 1:
+        raise ValueError(f"max_noise is a share of white, between 0 and 1, not {max_noise}")
+
+    def views(task: int, images: Images) -> list[Table]:
+        share = noise_of(task, max_noise, seed)
+        return [Noised(*one, share, seed_of("noise", seed, task, part)) for part, one in enumerate(images)]
+
+    makers = [partial(views, task) for task in range(_positive(tasks))]
+    return _seen(train, evaluation, makers, "noised", kind, columns, name)
+
+
+def noise_of(task: int, max_noise: float, seed: int) -> float:
+    """The share of white of a task of :func:`noised_tasks`."""
+    return max_noise * float(np.random.default_rng(seed_of("share", seed, task)).random())
 
 
 def split_tasks(
@@ -279,17 +333,33 @@ def blurred_stream(tasks: TaskStream, *, blur: float = 0.0, seed: int = 0) -> Da
 def _rearranged(
     train: Any, evaluation: Any, makers: Sequence[Any], what: str, kind: Kind, columns: Columns, name: str
 ) -> TaskStream:
+    def views(make: Any, images: Images) -> list[Table]:
+        origin = make(image_size(*images[0]))
+        return [Rearranged(table, column, origin) for table, column in images]
+
+    return _seen(train, evaluation, [partial(views, make) for make in makers], what, kind, columns, name)
+
+
+def _seen(
+    train: Any,
+    evaluation: Any,
+    makers: Sequence[Callable[[Images], list[Table]]],
+    what: str,
+    kind: Kind,
+    columns: Columns,
+    name: str,
+) -> TaskStream:
+    """One task for each way to see the images."""
     if kind == "class":
         raise ValueError(f"{what} tasks have the same classes all along: their kind is 'domain' or 'task', not 'class'")
     sources = [Source.of(one, columns=columns, name=name or None) for one in (train, evaluation) if one is not None]
     for source in sources:
         if "pixel_values" not in source.fields.inputs:
             raise ValueError(f"{source.where}: only images can be {what}")
-    size = image_size(sources[0].table, sources[0].fields.inputs["pixel_values"])
+    images = [(source.table, source.fields.inputs["pixel_values"]) for source in sources]
     items = []
     for number, make in enumerate(makers, 1):
-        origin = make(size)
-        views = [Rearranged(source.table, source.fields.inputs["pixel_values"], origin) for source in sources]
+        views = make(images)
         second = views[1] if len(views) > 1 else None
         items.append(SingleTask(views[0], second, columns=columns, name=f"{what}-{number}"))
     return TaskStream(items, kind=kind, name=name or None)

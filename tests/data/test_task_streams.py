@@ -9,11 +9,14 @@ from hubtransfer.data import (
     Table,
     blurred_stream,
     domain_tasks,
+    noised_tasks,
     permuted_tasks,
     rotated_tasks,
     split_tasks,
 )
-from hubtransfer.data.task_streams import angle_of, rotation
+from hubtransfer.data.seeds import row_bytes
+from hubtransfer.data.table_views import Noised
+from hubtransfer.data.task_streams import angle_of, noise_of, rotation
 
 
 def images(count=12, shape=(4, 6), classes=3):
@@ -79,7 +82,7 @@ def test_channels_of_a_pixel_stay_together():
     assert {tuple(pixel) for pixel in pixels(one)[0].reshape(-1, 3).tolist()} == before
 
 
-@pytest.mark.parametrize("make", [permuted_tasks, rotated_tasks])
+@pytest.mark.parametrize("make", [permuted_tasks, rotated_tasks, noised_tasks])
 def test_every_task_may_have_a_head_of_its_own(make):
     stream = make(images(), tasks=2, kind="task")
     assert [task.task for task in stream] == [task.name for task in stream]
@@ -110,6 +113,69 @@ def test_rotated_tasks_turn_by_uniform_angles():
     assert 178 < angles.max() < 180
     assert abs(angles.mean() - 90) < 5 * 52 / np.sqrt(1000)  # a uniform angle's standard deviation is 52 degrees
     assert (pixels(stream[0].train_source) == 0).any(), "outside is black"
+
+
+def test_bytes_of_rows_are_those_of_the_published_generator():
+    """First outputs of splitmix64 for two seeds, as published with its C code and in its test vectors."""
+    outputs = {0: [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4], 1234567: [6457827717110365317, 3203168211198807973]}
+    for seed, words in outputs.items():
+        expected = [list(word.to_bytes(8, "little")) for word in words]
+        assert row_bytes(seed, torch.tensor([0]), 16).tolist() == [expected[0] + expected[1]]
+        assert row_bytes(seed, torch.tensor([1, 0]), 5).tolist() == [expected[1][:5], expected[0][:5]]
+    many = row_bytes(3, torch.arange(500), 784).double()
+    assert abs(many.mean() - 127.5) < 5 * 73.9 / np.sqrt(500 * 784)  # standard deviation of a byte: 73.9
+    assert np.corrcoef(many[:-1].flatten(), many[1:].flatten())[0, 1] < 5 / np.sqrt(500 * 784)
+
+
+def test_noised_tasks_put_noise_of_each_image_behind_it():
+    data, stream = images(40, (9, 9)), noised_tasks(images(40, (9, 9)), images(40, (9, 9)), tasks=3, seed=2)
+    assert [task.name for task in stream] == ["noised-1", "noised-2", "noised-3"]
+    noises = []
+    for number, task in enumerate(stream):
+        share = noise_of(number, 1.0, 2)
+        black = torch.zeros(40, 9, 9, dtype=torch.uint8)
+        table = task.train_source.table
+        noise = Noised(Table.of({"pixel_values": black}), "pixel_values", share, table.seed).gather(torch.arange(40))
+        noises.append(noise["pixel_values"])
+        assert torch.equal(pixels(task.train_source), torch.maximum(data["pixel_values"], noises[-1]))
+        assert noises[-1].min() == 0 and abs(float(noises[-1].max()) - 255 * share) < 2
+        assert abs(float(noises[-1].double().mean()) - 127.5 * share) < 0.5 + 5 * 74 * share / np.sqrt(40 * 81)
+        assert not torch.equal(noises[-1][0], noises[-1][1]), "each image has its own"
+        ((source, _),) = task.evaluations().values()
+        assert source.table.level == table.level
+        assert not torch.equal(pixels(source), pixels(task.train_source)), "test images have noise of their own"
+        assert torch.equal(task.train_source.table.labels("labels"), data["labels"])
+    assert not torch.equal(noises[0] > 128 * noise_of(0, 1.0, 2), noises[1] > 128 * noise_of(1, 1.0, 2))
+    shares = np.array([noise_of(number, 0.5, seed) for number in range(20) for seed in range(50)])
+    assert 0 <= shares.min() < 0.01 and 0.49 < shares.max() < 0.5
+
+
+def test_noise_is_the_same_whenever_a_row_is_read_and_costs_no_memory():
+    stream = noised_tasks(images(40, (9, 9)), tasks=20, seed=1)
+    table = stream[4].train_source.table
+    whole, order = pixels(stream[4].train_source), torch.tensor([7, 3, 39, 3])
+    assert torch.equal(table.gather(order)["pixel_values"], whole[order])
+    again = noised_tasks(images(40, (9, 9)), tasks=5, seed=1)[4].train_source
+    assert torch.equal(pixels(again), whole), "other processes see the same"
+    assert again.table.fingerprint() == table.fingerprint()
+    assert len({task.train_source.table.fingerprint() for task in stream}) == 20
+    assert table.column("pixel_values") is None and table.column("labels").tolist() == [i % 3 for i in range(40)]
+    loader = Loader(stream[4].train_source, batch_size=8)
+    seen = [torch.cat([b.inputs["pixel_values"][b.index.argsort()] for b in loader.batches(epoch)]) for epoch in (0, 1)]
+    assert {tuple(row) for row in seen[0].flatten(1).tolist()} == {tuple(row) for row in seen[1].flatten(1).tolist()}
+    assert loader._readers[""].bytes == 0
+
+
+def test_images_of_real_numbers_get_the_same_noise():
+    black = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    raw, real = (Noised(Table.of({"x": x}), "x", 0.7, 5).gather(torch.arange(2))["x"] for x in (black, black.double()))
+    assert real.dtype == torch.float64
+    torch.testing.assert_close(real, raw.double() / 255)
+    for bad, message in (({"strength": 1.5}, "between 0 and 1"), ({"base": Table.of({"x": black.int()})}, "neither")):
+        with pytest.raises(ValueError, match=message):
+            Noised(**{"base": Table.of({"x": black}), "column": "x", "strength": 0.5, "seed": 0, **bad})
+    with pytest.raises(ValueError, match="share of white, between 0 and 1, not 2"):
+        noised_tasks(images(), max_noise=2)
 
 
 @pytest.mark.parametrize("kind", ["class", "task", "domain"])
