@@ -12,15 +12,19 @@ In a recipe: `memory: {kind: reservoir, size: 200}`.
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hubtransfer.data.memory import Memory, MemoryConfig, Processor
+from hubtransfer.data.slot_tree import SlotTree
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Reservoir(MemoryConfig):
 @dataclass(frozen=True)
 class Ring(MemoryConfig):
     """The most recent examples of each task (or class), as many of each.
+
+    Where a new one comes and shares shrink, adding costs O(size) once.
 
     Attributes:
         per: What the memory is divided among: "task" or "class".
@@ -71,7 +77,8 @@ class Ring(MemoryConfig):
 class Herding(MemoryConfig):
     """As many examples of each class, the first ones added: they have to come best first.
 
-    The share of a class shrinks as more classes come; the last ones added go first.
+    The share of a class shrinks as more classes come; the last ones added go first. That costs O(size) for each batch
+    with a new class.
 
     Source: https://arxiv.org/abs/1611.07725, algorithms 4 and 5.
     """
@@ -89,6 +96,7 @@ class ClassBalanced(MemoryConfig):
 
     Once the memory is full, an example of a class that never was the largest takes the place of a random one of the
     largest; one of another class takes the place of a random one of its own, with probability kept / seen of the class.
+    Adding costs O(classes) for an example that takes another class's place, whatever the size.
 
     Source: https://proceedings.mlr.press/v119/chrysakis20a.html, algorithm 1.
     """
@@ -105,7 +113,7 @@ class GradientBased(MemoryConfig):
     """Examples whose gradients differ: each is added with a score, small where its gradient is unlike those kept.
 
     An example with score c < 1 takes the place of example i, drawn with probability C_i / sum C, with probability
-    C_i / (C_i + c), where C are the scores kept. Adding costs O(size) an example with c < 1, not O(1).
+    C_i / (C_i + c), where C are the scores kept. Adding costs O(log size) an example with c < 1.
 
     Source: https://arxiv.org/abs/1903.08671, algorithm 2.
     """
@@ -121,7 +129,7 @@ class GradientBased(MemoryConfig):
 class Hardest(MemoryConfig):
     """The examples with the highest loss: each is added with its loss; `memory.update(slots, loss=...)` renews it.
 
-    Adding costs O(size), for all losses are compared.
+    Adding costs O(log size) an example. Of equal losses those that are here already stay.
 
     Source: https://arxiv.org/abs/1812.03596, section 3 (the hard buffer).
     """
@@ -148,15 +156,18 @@ class _Reservoir(Memory):
 class _Grouped(Memory):
     """Knows the slots of each task or class, in the order that the kind wants."""
 
+    row: ClassVar[type] = list
+    """What slots of one group stand in: a list to pick any, a deque to turn around."""
+
     def __init__(self, config: MemoryConfig, processor: Processor | None = None) -> None:
         super().__init__(config, processor)
-        self.slots_of: dict[int, list[int]] = {}
+        self.slots_of: dict[int, Any] = {}
 
     def drop(self, slots: Tensor) -> None:
         """Forgets some slots."""
         gone = set(slots.tolist())
         places = {old: new for new, old in enumerate(s for s in range(self.filled) if s not in gone)}
-        self.slots_of = {g: [places[s] for s in own if s in places] for g, own in self.slots_of.items()}
+        self.slots_of = {g: self.row(places[s] for s in own if s in places) for g, own in self.slots_of.items()}
         super().drop(slots)
 
     def bookkeeping(self) -> dict[str, Tensor]:
@@ -169,7 +180,7 @@ class _Grouped(Memory):
 
     def take_up(self, bookkeeping: Mapping[str, Tensor]) -> None:
         """Takes up what `bookkeeping` returned."""
-        self.slots_of = {group: [] for group in bookkeeping["groups"].tolist()}
+        self.slots_of = {group: self.row() for group in bookkeeping["groups"].tolist()}
         for group, slot in bookkeeping["slots"].tolist():
             self.slots_of[group].append(slot)
 
@@ -179,16 +190,27 @@ class _Grouped(Memory):
         self.filled += 1
         return self.filled - 1
 
+    def classes(self, labels: Tensor) -> np.ndarray:
+        """Checks that labels are one class an example, and returns them, int64 (count,)."""
+        if labels.is_floating_point() or labels.numel() != len(labels):
+            raise ValueError(
+                f"{type(self.config).__name__} divides the memory among classes and needs one an example, but labels "
+                f"are {labels.dtype} of shape {tuple(labels.shape)}; Reservoir(size) takes examples with any labels"
+            )
+        return labels.flatten().cpu().numpy()
+
 
 class _Shares(_Grouped):
     """Equal shares for tasks or classes, of which the newest or the first examples stay."""
+
+    row: ClassVar[type] = deque
 
     def __init__(self, config: MemoryConfig, processor: Processor | None, per: str, groups: int | None, newest: bool):
         super().__init__(config, processor)
         self.per, self.groups, self.newest = per, groups, newest
 
     def choose(self, count: int, labels: Tensor, task: int, kept: Mapping[str, Tensor]) -> np.ndarray:
-        of = np.full(count, task) if self.per == "task" else labels.reshape(count, -1)[:, 0].cpu().numpy()
+        of = np.full(count, task) if self.per == "task" else self.classes(labels)
         share = self._make_room([int(group) for group in np.unique(of)])
         slots = np.full(count, -1)
         for group in np.unique(of):
@@ -197,7 +219,7 @@ class _Shares(_Grouped):
                 if len(own) < share:
                     slots[row] = self.take_free(int(group))
                 else:
-                    own.append(own.pop(0))
+                    own.rotate(-1)  # the oldest slot is the newest now
                     slots[row] = own[-1]
         return slots
 
@@ -210,11 +232,10 @@ class _Shares(_Grouped):
         share = self.size // (self.groups or known)
         if not share:
             raise ValueError(f"{self.size} examples cannot be divided among {known} groups, at least one each")
-        self.slots_of |= {group: [] for group in new}
+        self.slots_of |= {group: self.row() for group in new}
         if new:
-            surplus = [
-                slot for own in self.slots_of.values() for slot in (own[:-share] if self.newest else own[share:])
-            ]
+            every = map(list, self.slots_of.values())
+            surplus = [slot for own in every for slot in (own[:-share] if self.newest else own[share:])]
             if surplus:
                 self.drop(torch.tensor(surplus))
         return share
@@ -228,26 +249,29 @@ class _ClassBalanced(_Grouped):
 
     def choose(self, count: int, labels: Tensor, task: int, kept: Mapping[str, Tensor]) -> np.ndarray:
         random, slots = self.numpy_random(), np.full(count, -1)
-        for row, label in enumerate(labels.reshape(count, -1)[:, 0].tolist()):
-            own = self.slots_of.setdefault(label, [])
+        for row, label in enumerate(self.classes(labels).tolist()):
+            own = self.slots_of.setdefault(label, self.row())
             self.seen_of[label] = self.seen_of.get(label, 0) + 1
             if self.filled < self.size:
                 slots[row] = self.take_free(label)
+                if self.filled == self.size:
+                    self.was_largest |= set(self._largest())
             elif label not in self.was_largest:
-                largest = self.slots_of[self._largest(random)]
-                slots[row] = largest.pop(int(random.integers(len(largest))))
-                own.append(slots[row].item())
+                ties = self._largest()
+                largest = self.slots_of[ties[int(random.integers(len(ties)))]]
+                place = int(random.integers(len(largest)))
+                largest[place], largest[-1] = largest[-1], largest[place]
+                own.append(largest.pop())
+                slots[row] = own[-1]
+                self.was_largest |= set(self._largest())
             elif random.random() < len(own) / self.seen_of[label]:
                 slots[row] = own[int(random.integers(len(own)))]
-            if self.filled == self.size:
-                most = max(map(len, self.slots_of.values()))
-                self.was_largest |= {label for label, own in self.slots_of.items() if len(own) == most}
         return slots
 
-    def _largest(self, random: np.random.Generator) -> int:
+    def _largest(self) -> list[int]:
+        """The classes with most examples."""
         most = max(map(len, self.slots_of.values()))
-        ties = [label for label, own in self.slots_of.items() if len(own) == most]
-        return ties[int(random.integers(len(ties)))]
+        return [label for label, own in self.slots_of.items() if len(own) == most]
 
     def bookkeeping(self) -> dict[str, Tensor]:
         """Returns also how often each class was seen, and whether it was ever the largest."""
@@ -262,38 +286,108 @@ class _ClassBalanced(_Grouped):
         self.was_largest = {label for label, _, largest in rows if largest}
 
 
-class _GradientBased(Memory):
+class _Judged(Memory):
+    """Chooses by a number that comes with each example, of which a tree of those kept knows the sum or the least."""
+
+    column: ClassVar[str]
+
+    def __init__(self, config: MemoryConfig, processor: Processor | None = None) -> None:
+        super().__init__(config, processor)
+        self._tree: SlotTree | None = None  # follows from the column: made anew where it is not known
+
+    @abstractmethod
+    def tree_of(self, numbers: list[float]) -> SlotTree:
+        """The tree over the numbers of all slots that are taken."""
+
+    def tree(self) -> SlotTree:
+        """The tree over the numbers kept."""
+        if self._tree is None:
+            held = self._columns().get(f"kept_{self.column}")
+            self._tree = self.tree_of([] if held is None else self.numbers(held[: self.filled]))
+        return self._tree
+
+    def given(self, kept: Mapping[str, Tensor]) -> list[float]:
+        """The new examples' numbers, (count,), as exactly as they will be kept."""
+        if self.column not in kept:
+            raise ValueError(
+                f"{type(self.config).__name__} chooses by {self.column}: memory.add(batch, {self.column}=...), one "
+                "number an example"
+            )
+        held = self._columns().get(f"kept_{self.column}", kept[self.column])
+        return self.numbers(kept[self.column].to(held.dtype))
+
+    def numbers(self, values: Tensor) -> list[float]:
+        """Numbers (count,) as the tree takes them."""
+        return values.tolist()
+
+    def update(self, slots: Tensor, **kept: Tensor) -> None:
+        """Replaces what is kept beside the examples in some slots."""
+        super().update(slots, **kept)
+        if self._tree is not None and self.column in kept:
+            held = self._columns()[f"kept_{self.column}"]
+            self._tree.set(slots.tolist(), self.numbers(kept[self.column].to(held.dtype)))
+
+    def drop(self, slots: Tensor) -> None:
+        """Forgets some slots."""
+        super().drop(slots)
+        self._tree = None
+
+    def take_up(self, bookkeeping: Mapping[str, Tensor]) -> None:
+        """Other numbers are kept now."""
+        self._tree = None
+
+
+class _GradientBased(_Judged):
+    column = "score"
+
+    def tree_of(self, numbers: list[float]) -> SlotTree:
+        """Sums of scores."""
+        return SlotTree(numbers + [0.0] * (self.size - len(numbers)))
+
+    def numbers(self, values: Tensor) -> list[float]:
+        """Scores; one below 0 is a rounding error, of a cosine below -1."""
+        return values.clamp(min=0).tolist()
+
     def choose(self, count: int, labels: Tensor, task: int, kept: Mapping[str, Tensor]) -> np.ndarray:
-        if "score" not in kept:
-            raise ValueError("GradientBased chooses by score: memory.add(batch, score=...), one number an example")
-        scores = kept["score"].double().cpu().numpy()
-        before = self._columns().get("kept_score")
-        held = np.zeros(self.size) if before is None else before.double().cpu().numpy().copy()
-        random, slots = self.numpy_random(), np.full(count, -1)
-        for row, score in enumerate(scores):
-            if self.filled < self.size:
-                slots[row] = self.filled
-                self.filled += 1
-            elif score < 1:
-                total = held.sum()
-                place = int(random.choice(self.size, p=held / total)) if total > 0 else int(random.integers(self.size))
-                if random.random() * (held[place] + score) < held[place]:
-                    slots[row] = place
-            if slots[row] >= 0:
-                held[slots[row]] = score
+        scores, tree, random = self.given(kept), self.tree(), self.numpy_random()
+        slots, free = np.full(count, -1), min(count, self.size - self.filled)
+        slots[:free] = np.arange(self.filled, self.filled + free)
+        tree.set(slots[:free].tolist(), scores)
+        self.filled += free
+        for row in (row for row in range(free, count) if scores[row] < 1):
+            total = tree.joined
+            place = tree.at(random.random() * total) if total > 0 else int(random.integers(self.size))
+            held = tree.value(place)
+            if random.random() * (held + scores[row]) < held:
+                slots[row] = place
+                tree.set([place], [scores[row]])
         return slots
 
 
-class _Hardest(Memory):
+class _Hardest(_Judged):
+    column = "loss"
+
+    def tree_of(self, numbers: list[float]) -> SlotTree:
+        """The least loss."""
+        return SlotTree(numbers + [math.inf] * (self.size - len(numbers)), min, math.inf)
+
+    def numbers(self, values: Tensor) -> list[float]:
+        """Losses; what is not a number goes first."""
+        return values.where(~values.isnan(), -math.inf).tolist()
+
     def choose(self, count: int, labels: Tensor, task: int, kept: Mapping[str, Tensor]) -> np.ndarray:
-        if "loss" not in kept:
-            raise ValueError("Hardest chooses by loss: memory.add(batch, loss=...), one number an example")
-        held = self._columns()["kept_loss"][: self.filled].double().cpu().numpy() if self.filled else np.empty(0)
-        losses = np.concatenate([held, kept["loss"].double().cpu().numpy()])
-        stays = np.zeros(len(losses), dtype=bool)
-        stays[np.argsort(-losses, kind="stable")[: self.size]] = True  # of equals those that are here already
-        before, self.filled = self.filled, min(self.size, len(losses))
-        places = np.concatenate([np.flatnonzero(~stays[:before]), np.arange(before, self.size)])
-        slots, chosen = np.full(count, -1), np.flatnonzero(stays[before:])
-        slots[chosen] = places[: len(chosen)]
+        losses, tree = self.given(kept), self.tree()
+        order = sorted(range(count), key=lambda row: -losses[row])  # of equals the first
+        before, free = self.filled, min(count, self.size - self.filled)
+        places, stays = list(range(before, before + free)), order[:free]
+        for row in order[free:]:
+            if len(places) == free + before or losses[row] <= tree.joined:
+                break
+            places.append(tree.least())
+            tree.set(places[-1:], [math.inf])
+            stays.append(row)
+        self.filled += free
+        slots, chosen, places = np.full(count, -1), sorted(stays), sorted(places)
+        slots[chosen] = places
+        tree.set(places, [losses[row] for row in chosen])
         return slots
