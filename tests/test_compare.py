@@ -92,6 +92,46 @@ def test_what_is_retained_by_tasks_learned(tmp_path: Path) -> None:
     assert path.with_suffix(".png").stat().st_size > 5_000
 
 
+def test_a_document_may_hold_several_tables_and_one_picture(document: Path) -> None:
+    first = document.read_text()
+    document.write_text(first + MARKS.format("{recipes: other, columns: data.limit, picture: false}"))
+    cli_run(document)
+    text = document.read_text()
+    assert text.count("Words before.") == text.count("Words after.") == 2 and "stale" not in text
+    assert text.index("[KD](kd_few.yaml)") < text.index("| [other](other.yaml) | **100.0** |")
+    assert text.count("](few.png)") == 1
+    document.write_text(first + MARKS.format("{recipes: other, columns: data.limit}"))
+    with pytest.raises(ValueError, match="one picture: give all tables but one `picture: false`"):
+        compare.run(str(document))
+
+
+def test_transfer_scores_are_relative_to_the_task_learned_first_with_the_same_seed(tmp_path: Path) -> None:
+    def cell(seed: int, name: str, tasks: str, *curves: list[float]) -> dict[str, Any]:
+        numbered = [list(enumerate(curve)) for curve in curves]
+        return {
+            "seed": seed,
+            "name": name,
+            "overrides": {},
+            "numbers": {},
+            "stream": {"tasks": tasks, "curves": numbered},
+        }
+
+    cells = [
+        cell(0, "after a", "ab", [0, 1], [0.5, 1]),  # b: 0.75; alone, with the same seed, 0.5
+        cell(0, "after b", "ba", [0, 1], [0, 1]),
+        cell(1, "after a", "ab", [0, 1], [0, 1]),  # b: 0.5 relative to 1
+        cell(1, "after b", "ba", [1, 1], [1, 1]),
+    ]
+    (tmp_path / "x.results.json").write_text(json.dumps({"recipe": "x", "cells": cells}))
+    path = tmp_path / "x.md"
+    path.write_text(MARKS.format("{recipes: x, metric: transfer_score, percent: false, picture: false}"))
+    text = compare.render(path)
+    assert "Transfer score, mean over 2 seeds" in text and "| recipe | a | b |" in text
+    # a after b: 1 and 2; b after a: 1.5 and 0.5. Half of the interval of two: 12.7062 |x - y| / 2
+    assert "| [after a](x.yaml) |  | **1.000 ± 6.353** |" in text
+    assert "| [after b](x.yaml) | **1.500 ± 6.353** |  |" in text
+
+
 def cli_run(document: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["compare", str(document)])
@@ -122,7 +162,7 @@ def test_what_a_grid_changes_besides_the_columns_makes_rows(tmp_path: Path) -> N
 
 def test_tasks_as_columns_with_the_size_of_each_model(tmp_path: Path) -> None:
     cells = [
-        {"seed": seed, "name": name, "overrides": {"method.mode": name}, "parameters": {"total": size},
+        {"seed": seed, "name": name, "overrides": {"method.mode": name}, "parameters": {"total": size + seed * 100},
          "numbers": {"birds/accuracy": value, "cars/accuracy": value / 2, "birds/nll": 3.0}}
         for name, size, values in (("plain", 1000, (0.5, 0.5)), ("large", 2_000_000, (0.75, 0.75)))
         for seed, value in enumerate(values)
@@ -133,8 +173,8 @@ def test_tasks_as_columns_with_the_size_of_each_model(tmp_path: Path) -> None:
     cli_run(path)
     text = path.read_text()
     assert "| recipe | birds | cars | parameters |\n|---|---:|---:|---:|" in text
-    assert "| [plain](x.yaml) | 50.0 ± 0.0 | 25.0 ± 0.0 | 1,000 |" in text  # the grid's order
-    assert "| [large](x.yaml) | **75.0 ± 0.0** | **37.5 ± 0.0** | 2,000,000 |" in text
+    assert "| [plain](x.yaml) | 50.0 ± 0.0 | 25.0 ± 0.0 | 1,050 |" in text  # the grid's order
+    assert "| [large](x.yaml) | **75.0 ± 0.0** | **37.5 ± 0.0** | 2,000,050 |" in text
     assert "| large minus plain | **+25.0 ± 0.0** | **+12.5 ± 0.0** |" in text
 
 

@@ -1,4 +1,7 @@
-"""``hubtransfer compare``: the results of several recipes side by side, within a document that says which."""
+"""``hubtransfer compare``: the results of several recipes side by side, within a document that says which.
+
+A document may hold several such tables, one of them with a picture.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from typing import Any
 from hubtransfer.config import from_dict, unknown_name, write_whole
 from hubtransfer.evaluation.confidence import mean_interval
 from hubtransfer.evaluation.side_by_side import Row, differences, draw
+from hubtransfer.evaluation.stream_metrics import transfer_scores_by_seed
 from hubtransfer.experiment import read_results
 from hubtransfer.yaml_text import parse_yaml
 
@@ -21,16 +25,16 @@ _PLACE = re.compile(r"<!-- compare:begin (.*?) -->\n(.*?)<!-- compare:end -->", 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What a document compares.
+    """What a table of a document compares.
 
     Attributes:
         recipes: pattern of recipes' names; their results files lie in the document's folder.
         columns: path of the grid whose values are the columns; none: the tasks are.
         learned: the columns are these numbers of tasks that a stream has taught by then, and the number is the mean
             accuracy on them: what is retained. In place of `columns`.
-        metric: which number.
+        metric: which number; "transfer_score" is that of a task learned after another (`transfer_scores`), by task.
         also: metrics of tasks that do not have that one, by task; only where the tasks are the columns.
-        parameters: whether a column shows how many parameters the model has, all tasks together.
+        parameters: whether a column shows how many parameters the model has, all tasks together, mean over seeds.
         percent: show 100 times the number.
         differences: pairs (label, label) of recipes whose difference is shown, paired by seed.
         picture: whether a PNG of the document's name is drawn beside it.
@@ -53,7 +57,7 @@ class Comparison:
 
 
 def run(path: str) -> None:
-    """Writes table and picture of a document anew.
+    """Writes tables and picture of a document anew.
 
     Raises:
         FileNotFoundError: there is no such document.
@@ -61,9 +65,9 @@ def run(path: str) -> None:
     """
     document = Path(path)
     text = document.read_text(encoding="utf-8")
-    wanted = _wanted(text, document.name)
+    pictured = [wanted for wanted in _wanted(text, document.name) if wanted.picture]
     write_whole(document, render(document))
-    if wanted.picture:
+    for wanted in pictured:
         draw(
             _rows(document.parent, wanted),
             document.with_suffix(".png"),
@@ -74,43 +78,63 @@ def run(path: str) -> None:
 
 
 def render(document: Path) -> str:
-    """The document's text with its table made anew from the results files beside it.
+    """The document's text with its tables made anew from the results files beside it.
 
     Raises:
         ValueError: it does not say what to compare, or there is nothing to compare.
     """
     text = document.read_text(encoding="utf-8")
-    wanted = _wanted(text, document.name)
+    made = iter([_comparison(document, wanted) for wanted in _wanted(text, document.name)])
+    return _PLACE.sub(
+        lambda found: f"<!-- compare:begin {found[1]} -->\n{next(made)}\n<!-- compare:end -->",
+        text,
+    )
+
+
+def _comparison(document: Path, wanted: Comparison) -> str:
+    """What goes between two comments."""
     rows = _rows(document.parent, wanted)
     body = [_table(rows, wanted), *_teachers(document.parent, wanted)]
     if wanted.picture:
         body.append(f"![{wanted.metric} by {wanted.across}]({document.with_suffix('.png').name})")
     if wanted.differences:
         body.append(_difference_table(rows, wanted))
-    made = "\n\n".join(body)
-    return _PLACE.sub(lambda found: f"<!-- compare:begin {found[1]} -->\n{made}\n<!-- compare:end -->", text, count=1)
+    return "\n\n".join(body)
 
 
-def _wanted(text: str, where: str) -> Comparison:
-    found = _PLACE.search(text)
-    if found is None:
+def _wanted(text: str, where: str) -> list[Comparison]:
+    found = [from_dict(Comparison, parse_yaml(inside, where), where) for inside, _ in _PLACE.findall(text)]
+    if not found:
         raise ValueError(
             f"{where} has no comments <!-- compare:begin {{recipes: '*_few', columns: data.limit}} --> and "
             "<!-- compare:end --> between which the table goes"
         )
-    return from_dict(Comparison, parse_yaml(found[1], where), where)
+    if sum(wanted.picture for wanted in found) > 1:
+        raise ValueError(f"{where} has one picture: give all tables but one `picture: false`")
+    return found
 
 
 def _documents(folder: Path, wanted: Comparison) -> list[dict[str, Any]]:
     files = sorted(folder.glob(f"{wanted.recipes}.results.json"))
     if not files:
         raise ValueError(f"{folder} has no results files {wanted.recipes}.results.json: run those recipes first")
-    return [{**json.loads(file.read_text(encoding="utf-8")), "cells": read_results(file)} for file in files]
+    return [{**json.loads(file.read_text(encoding="utf-8")), "cells": _cells(file)} for file in files]
+
+
+def _cells(file: Path) -> list[dict[str, Any]]:
+    """The cells of a results file, the transfer scores among their numbers."""
+    cells = read_results(file)
+    scored = zip(cells, transfer_scores_by_seed(cells))
+    return [
+        {**cell, "numbers": cell["numbers"] | {f"{task}/transfer_score": value for task, value in found.items()}}
+        for cell, found in scored
+    ]
 
 
 def _rows(folder: Path, wanted: Comparison) -> list[Row]:
     """One row a recipe, or one for each alternative of what its grid changes besides the columns."""
     found: dict[str, Row] = {}
+    sizes: dict[str, dict[int, int]] = {}
     for document in _documents(folder, wanted):
         label = (document.get("headline") or {}).get("label") or document["recipe"]
         for cell in document["cells"]:
@@ -120,13 +144,16 @@ def _rows(folder: Path, wanted: Comparison) -> list[Row]:
                 continue
             changed = (f"{k.rpartition('.')[2]}={v}" for k, v in changes.items())
             name = cell["name"] if "name" in cell else " ".join([label, *changed])
-            size = (cell.get("parameters") or {}).get("total")
-            row = found.setdefault(name, Row(name, document["recipe"], {}, size))
+            row = found.setdefault(name, Row(name, document["recipe"], {}))
+            if (size := (cell.get("parameters") or {}).get("total")) is not None:
+                sizes.setdefault(name, {}).setdefault(cell["seed"], size)
             for column, number in numbers.items():
                 row.cells.setdefault(column, {})[cell["seed"]] = number
     if not found:
         what = f"values of {wanted.columns!r}" if wanted.columns else wanted.across
         raise ValueError(f"no results of {wanted.recipes} have {wanted.metric!r} for {what}")
+    for name, size in sizes.items():
+        found[name] = found[name]._replace(parameters=round(math.fsum(size.values()) / len(size)))
     if wanted.columns is None and not wanted.learned:
         return list(found.values())
     leading = (max if wanted.learned else min)(column for row in found.values() for column in row.cells)
@@ -162,8 +189,9 @@ def _table(rows: list[Row], wanted: Comparison) -> str:
     best = {c: max(row.mean(c) for row in rows) for c in columns}
     seeds = sorted({len(values) for row in rows for values in row.cells.values()})
     many = "-".join(map(str, sorted({seeds[0], seeds[-1]})))
+    what = wanted.metric.replace("_", " ").capitalize()
     lines = [
-        f"{wanted.metric.capitalize()}{' in %' if wanted.percent else ''}, mean over {many} seeds ± half of the 95 % "
+        f"{what}{' in %' if wanted.percent else ''}, mean over {many} seeds ± half of the 95 % "
         f"interval, by `{wanted.across}`; the best of a column is bold.",
         "",
         f"| recipe | {' | '.join([*map(str, columns), *(['parameters'] if wanted.parameters else [])])} |",

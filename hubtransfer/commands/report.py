@@ -10,7 +10,7 @@ from hubtransfer import experiment
 from hubtransfer.commands import display
 from hubtransfer.evaluation import report
 from hubtransfer.evaluation.multitask import first_metrics, relative_gain
-from hubtransfer.evaluation.stream_metrics import transfer_scores
+from hubtransfer.evaluation.stream_metrics import transfer_scores_by_seed
 
 
 def run(path: str, as_json: bool, baselines: Sequence[str] = (), plots: str | None = None) -> None:
@@ -101,12 +101,11 @@ def gains(records: Sequence[Mapping[str, Any]], single: Sequence[Mapping[str, fl
 
 def scores(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the transfer scores of streams, relative to streams of the same seed that begin with the task."""
-    measured = []
-    for seed in dict.fromkeys(cell["seed"] for cell in records):
-        mine = [cell for cell in records if cell["seed"] == seed and "stream" in cell]
-        for cell, found in zip(mine, transfer_scores([cell["stream"] for cell in mine])):
-            if found:
-                measured.append({**cell, "numbers": {f"transfer_score/{task}": value for task, value in found.items()}})
+    measured = [
+        {**cell, "numbers": {f"transfer_score/{task}": value for task, value in found.items()}}
+        for cell, found in zip(records, transfer_scores_by_seed(records))
+        if found
+    ]
     return experiment.summarise(measured)
 
 

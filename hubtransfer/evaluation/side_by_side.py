@@ -21,7 +21,7 @@ class Row(NamedTuple):
         name: to be shown.
         recipe: file name without its ending.
         cells: column -> seed -> number.
-        parameters: of its model, where that is known.
+        parameters: of its model, mean over seeds (methods may grow it), where that is known.
     """
 
     name: str

@@ -112,6 +112,20 @@ def transfer_scores(streams: Sequence[Mapping[str, Any]]) -> list[dict[str, floa
     return found
 
 
+def transfer_scores_by_seed(records: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Returns the transfer scores of each of some records, relative to records of the same seed; none without curves.
+
+    Args:
+        records: with a ``seed`` and, where a stream was learned, a ``stream``, as `transfer_scores` takes them.
+    """
+    found: list[dict[str, float]] = [{} for _ in records]
+    for seed in dict.fromkeys(record["seed"] for record in records):
+        mine = [i for i, one in enumerate(records) if one["seed"] == seed and one.get("stream", {}).get("curves")]
+        for i, scores in zip(mine, transfer_scores([records[i]["stream"] for i in mine])):
+            found[i] = scores
+    return found
+
+
 def stream_metrics(matrix: Matrix, baseline: Sequence[float] | None = None) -> dict[str, float]:
     """Everything the rows so far can tell, the average accuracy first."""
     found = {"average_accuracy": average_accuracy(matrix)}
