@@ -117,7 +117,6 @@ class Rearranged(_View):
         self.rearranged, self.origin = column, origin
         self.outside = (origin < 0).nonzero().flatten()
         self.places = origin.clamp(min=0).int()  # 32 bits: indexing is nearly twice as fast
-        self.numbers = origin.clamp(min=0).numpy()
 
     def gather(self, index: Tensor, columns: Sequence[str] | None = None) -> dict[str, Values]:
         """The base's rows, their pixels in the new order."""
@@ -134,7 +133,8 @@ class Rearranged(_View):
         axis = flat.ndim - 1 if first else 1
         if flat.dtype == torch.uint8:  # NumPy moves single bytes six times faster than index_select does
             pixels = flat.numpy()
-            moved = torch.from_numpy(pixels[..., self.numbers] if first else pixels[:, self.numbers])
+            places = self.places.numpy()
+            moved = torch.from_numpy(pixels[..., places] if first else pixels[:, places])
         else:
             moved = flat.index_select(axis, self.places)
         if len(self.outside):

@@ -1,13 +1,13 @@
 """Methods that remember a few examples of each finished task and compare gradients with theirs."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from hubtransfer.data import Batch, Loader, MemoryConfig
+from hubtransfer.data import Batch, MemoryConfig
 from hubtransfer.methods.continual_method import ContinualMethod
+from hubtransfer.methods.item_batches import item_loader
 from hubtransfer.models import TransferModel
 
 if TYPE_CHECKING:
@@ -50,15 +50,7 @@ def random_examples(method: ContinualMethod, item: Any, runtime: "Runtime", coun
         runtime: Where it runs.
         count: How many; all of a smaller training set.
     """
-    source = item.train_source if item.train_source.augment is None else replace(item.train_source, augment=None)
     # One batch of a random order: `batch_size` is all that decides which examples these are.
-    loader = Loader(
-        source,
-        processor=method.model.processor,
-        batch_size=count,
-        seed=runtime.arguments.seed,
-        device=runtime.device,
-    )
-    batch = next(iter(loader.batches(0)))
+    batch = next(iter(item_loader(method.model, item, runtime, batch_size=count, shuffle=True).batches(0)))
     assert isinstance(batch, Batch)
     return batch

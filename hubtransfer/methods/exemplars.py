@@ -1,16 +1,15 @@
 """The few examples that stand for their class: choosing them, reading each once a pass, classifying by their means."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hubtransfer.data import Batch, Loader, Memory
-from hubtransfer.data.table_views import Rows
+from hubtransfer.data import Batch, Memory
 from hubtransfer.functional.herding import herding_order
 from hubtransfer.methods.evaluating import evaluating
+from hubtransfer.methods.item_batches import item_loader
 from hubtransfer.models import TransferModel
 
 if TYPE_CHECKING:
@@ -38,28 +37,16 @@ def herded(model: TransferModel, task: str, item: Any, runtime: "Runtime", class
         classes: Which, int64 (classes,); each has examples in the item's training set.
         count: Examples of each.
     """
-    source = item.train_source if item.train_source.augment is None else replace(item.train_source, augment=None)
-
-    def read(rows: Tensor | None, size: int) -> Loader:
-        chosen = source if rows is None else replace(source, dataset=Rows(source.table, rows))
-        return Loader(
-            chosen,
-            processor=model.processor,
-            batch_size=size,
-            shuffle=False,
-            workers=runtime.arguments.workers,
-            device=runtime.device,
-        )
-
+    source, every = item.train_source, item_loader(model, item, runtime, batch_size=_TOGETHER)
     with evaluating(model):
-        found = [unit_features(model, batch.inputs, task) for batch in read(None, _TOGETHER).batches(0)]
+        found = [unit_features(model, batch.inputs, task) for batch in every.batches(0)]
     features, labels = torch.cat(found), source.table.labels(source.fields.labels)
     rows = []
     for label in classes.tolist():
         own = (labels == label).nonzero().flatten()
         rows.append(own[herding_order(features[own.to(features.device)], count)])
     chosen = torch.cat(rows)
-    batch = next(iter(read(chosen, len(chosen)).batches(0)))
+    batch = next(iter(item_loader(model, item, runtime, rows=chosen, batch_size=len(chosen)).batches(0)))
     assert isinstance(batch, Batch)
     return batch
 

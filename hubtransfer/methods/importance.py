@@ -1,18 +1,17 @@
 """How much each parameter matters for a task, measured over the task's data once it is learned."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hubtransfer.data import Loader
 from hubtransfer.data.seeds import seed_of
 from hubtransfer.functional.fisher import FisherKind, likelihood_roots
 from hubtransfer.functional.missing import known_classes
 from hubtransfer.methods.continual_method import ContinualMethod
+from hubtransfer.methods.item_batches import item_loader
 from hubtransfer.models import ClassificationHead
 from hubtransfer.models.example_gradients import Example, Power, sum_over_examples
 
@@ -57,23 +56,13 @@ def mean_over_examples(
     Raises:
         ValueError: if the data are a stream without an end and no number is given.
     """
-    source = item.train_source if item.train_source.augment is None else replace(item.train_source, augment=None)
-    if source.iterable and samples is None:
-        raise ValueError(f"{type(method).__name__}: {source.where} has no end; say on how many samples to measure")
-    arguments = runtime.arguments
-    loader = Loader(
-        source,
-        processor=method.model.processor,
-        batch_size=arguments.eval_batch_size or 2 * arguments.batch_size,
-        seed=arguments.seed,
-        shuffle=samples is not None,
-        trim=False,
-        workers=arguments.workers,
-        device=runtime.device,
-    )
+    if item.train_source.iterable and samples is None:
+        where = item.train_source.where
+        raise ValueError(f"{type(method).__name__}: {where} has no end; say on how many samples to measure")
+    loader = item_loader(method.model, item, runtime, shuffle=samples is not None)
 
     def examples() -> Iterator[Example]:
-        generator = torch.Generator().manual_seed(seed_of(arguments.seed, "importance", item.name))
+        generator = torch.Generator().manual_seed(seed_of(runtime.arguments.seed, "importance", item.name))
         left = samples
         for batch in loader.batches(0):
             if labelled:

@@ -1,15 +1,51 @@
-"""A look at the data of one item of a stream, in order and as they are."""
+"""A look at the data of one item of a stream, as they are."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from hubtransfer.data import Batch, Loader
+from hubtransfer.data.table_views import Rows
+from hubtransfer.models import TransferModel
 
 if TYPE_CHECKING:
     from hubtransfer.methods.method import Method
     from hubtransfer.training.runtime import Runtime
+
+
+def item_loader(
+    model: TransferModel,
+    item: Any,
+    runtime: "Runtime",
+    *,
+    rows: Tensor | None = None,
+    batch_size: int | None = None,
+    shuffle: bool = False,
+) -> Loader:
+    """Returns what reads the training data of an item without augmentation, all of them on every process.
+
+    Args:
+        model: Its processor makes the inputs.
+        item: Of the stream.
+        runtime: Where it runs.
+        rows: Only these, int64 (rows,).
+        batch_size: Examples of a batch; by default as many as in evaluation.
+        shuffle: Whether in random order, which the run's seed fixes.
+    """
+    source, arguments = item.train_source, runtime.arguments
+    source = source if source.augment is None else replace(source, augment=None)
+    return Loader(
+        source if rows is None else replace(source, dataset=Rows(source.table, rows)),
+        model.processor,
+        batch_size=batch_size or arguments.eval_batch_size or 2 * arguments.batch_size,
+        seed=arguments.seed,
+        shuffle=shuffle,
+        workers=arguments.workers,
+        device=runtime.device,
+    )
 
 
 def item_batches(method: "Method", item: Any, runtime: "Runtime", *, shared: bool = False) -> Iterator[Batch]:
@@ -24,18 +60,8 @@ def item_batches(method: "Method", item: Any, runtime: "Runtime", *, shared: boo
     Raises:
         ValueError: if the data are a stream without an end.
     """
-    source, arguments = item.train_source, runtime.arguments
+    source = item.train_source
     if source.iterable:
         raise ValueError(f"{type(method).__name__} has to look at all of {source.where}, but it has no end")
-    loader = Loader(
-        source if source.augment is None else replace(source, augment=None),
-        method.model.processor,
-        batch_size=arguments.eval_batch_size or 2 * arguments.batch_size,
-        seed=arguments.seed,
-        shuffle=False,
-        trim=False,
-        workers=arguments.workers,
-        device=runtime.device,
-    )
     rank, world = (runtime.rank, runtime.world) if shared else (0, 1)
-    yield from islice(loader.batches(0), rank, None, world)
+    yield from islice(item_loader(method.model, item, runtime).batches(0), rank, None, world)

@@ -1,7 +1,8 @@
 """Counting over a frozen trunk: what every continual method without gradients starts from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from hubtransfer.backbones import Features
 from hubtransfer.data import Batch, Source, TaskStream
-from hubtransfer.data.processes import everywhere, world
+from hubtransfer.data.processes import everywhere
 from hubtransfer.functional.missing import known_classes
 from hubtransfer.methods.continual_method import ContinualMethod
+from hubtransfer.methods.evaluating import evaluating
+from hubtransfer.methods.item_batches import item_loader
 from hubtransfer.methods.stage import Stage
 from hubtransfer.methods.update import Accumulate, Terms
 from hubtransfer.models import ClassificationHead, OutputCache, TransferModel
@@ -28,7 +31,8 @@ class StatisticsMethod(ContinualMethod):
     """Shows each item of a stream once, without augmentation, to a head of statistics; nothing is trained.
 
     Features are computed once an example where the data allow it: evaluation after each task looks them up. Processes
-    count the examples of all, so that each has the whole statistics.
+    count the examples of all, so that each has the whole statistics, every example once. (Of a stream of unknown length
+    the last few, fewer than there are processes, go to none.)
 
     Attributes:
         cache: Features of evaluation data.
@@ -67,30 +71,41 @@ class StatisticsMethod(ContinualMethod):
         """Returns logits (batch, classes)."""
         return self.model.logits(Features(self.features(batch, task), {}), task)
 
-    def count(self, batch: Batch) -> Terms:
-        """Adds a batch to the head's statistics and returns the scalar `distance` (see the head's `add`)."""
+    def count(self, batch: Batch, gather: Callable[[Tensor], Tensor] = everywhere) -> Terms:
+        """Adds a batch to the head's statistics and returns the scalar `distance` (see the head's `add`).
+
+        Args:
+            batch: This process's examples.
+            gather: Makes one tensor of those of all processes.
+        """
         task = str(self.task_of(batch))
         head = self.model.heads[task]
         assert isinstance(head, StatisticHead)
-        labels, features = (
-            everywhere(self.labels(batch)),
-            everywhere(self.model.features(batch.inputs, task=task).pooled),
-        )
-        known = known_classes(labels)
-        return {"distance": self.add(head, features[known], labels[known].long(), self.held_out(batch)[known])}
+        labels, features = gather(self.labels(batch)), gather(self.model.features(batch.inputs, task=task).pooled)
+        # A streamed example is known by its number in this batch
+        numbers = torch.arange(len(labels)) if batch.index is None else gather(batch.index.to(labels.device))
+        known, held_out = known_classes(labels), self.held_out(numbers.to(labels.device))
+        if not known.any():
+            return {"distance": features.new_zeros(())}
+        return {"distance": self.add(head, features[known], labels[known].long(), held_out[known])}
+
+    def count_rest(self, item: Any, runtime: "Runtime") -> None:
+        """Counts the last examples of an item, which are fewer than the processes, so that no step has them."""
+        size = 0 if item.train_source.iterable else len(item.train_source.table)
+        if rest := size % runtime.world:
+            rows = torch.arange(size - rest, size)
+            batch = next(iter(item_loader(self.model, item, runtime, rows=rows, batch_size=rest).batches(0)))
+            with torch.no_grad(), evaluating(self.model):
+                runtime.call(partial(self.count, gather=lambda own: own), batch.replace(index=rows))
 
     def add(self, head: StatisticHead, features: Tensor, labels: Tensor, held_out: Tensor) -> Tensor:
         """Gives examples to the head."""
         return head.add(features, labels, held_out)
 
-    def held_out(self, batch: Batch) -> Tensor:
-        """Says which examples of all processes' batches are held out, bool (batch,): a fifth, by their numbers."""
-        device = next(iter(batch.inputs.values())).device
-        if batch.index is None:  # streamed: by their numbers in this batch
-            number = torch.arange(len(batch) * world(), device=device)
-        else:
-            number = everywhere(batch.index.to(device))
-        return (number * 2654435761) % 2**32 < HELD_OUT * 2**32  # Knuth's hash: labels in some order do not matter
+    @staticmethod
+    def held_out(numbers: Tensor) -> Tensor:
+        """Says which examples are held out, bool (examples,): a fifth, by their numbers, int64 (examples,)."""
+        return (numbers * 2654435761) % 2**32 < HELD_OUT * 2**32  # Knuth's hash: labels in some order do not matter
 
     def updates(self) -> list[Any]:
         """Counts."""
@@ -103,11 +118,12 @@ class StatisticsMethod(ContinualMethod):
 
     @staticmethod
     def plain(item: Any) -> Source:
-        """Returns an item's training data without augmentation."""
-        return replace(item.train_source, augment=None)
+        """Returns an item's training data without augmentation and in order: what no step has are the last."""
+        return replace(item.train_source, augment=None, shuffle=False)
 
     def after_task(self, item: Any, runtime: "Runtime") -> None:
-        """Makes what predicts."""
+        """Makes what predicts, of all examples."""
+        self.count_rest(item, runtime)
         head = self.model.heads[self.current]
         assert isinstance(head, StatisticHead)
         head.fit()

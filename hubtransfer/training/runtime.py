@@ -19,6 +19,7 @@ from hubtransfer.methods.method import Method
 from hubtransfer.methods.stage import Stage
 from hubtransfer.methods.update import AnyBatch, Descend, Loss, Terms, total
 from hubtransfer.training.arguments import TrainingArguments
+from hubtransfer.training.normalisation import share_statistics
 from hubtransfer.training.optimizers import Schedule, make_optimizer
 from hubtransfer.training.sharding import is_sharded, method_state
 
@@ -50,7 +51,7 @@ class Runtime:
         mixed = _MIXED[arguments.precision]
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
             AcceleratorState._reset_state(reset_partial_state=False)  # precision belongs to a run, not to the process
-        handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        handler = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
         self.accelerator = Accelerator(
             mixed_precision=mixed,
             log_with=arguments.tracker,
@@ -249,6 +250,7 @@ class Runtime:
                 self.optimizers[group].step()
             for group in update.groups():
                 self._forget_gradients(group)
+            share_statistics(self)
         return terms
 
     def _gradients(self, update: Descend, terms: Terms) -> dict[str, list[Tensor]]:
@@ -313,6 +315,7 @@ class Runtime:
             self.optimizers[group].step()
         for group in gradients:
             self._forget_gradients(group)
+        share_statistics(self)
 
     def _forget_gradients(self, group: str) -> None:
         if self._wrapped is not None and not self._is_light:

@@ -123,7 +123,8 @@ class PatchPerTask(StatisticsMethod, name="patch_per_task", config=PatchPerTaskC
         """Two stages an item: one pass that counts, then the patch and its head."""
         for item in self.checked(scenario):
             plain, begin = self.plain(item), partial(self.begin, item)
-            yield Stage(f"{item.name}/prototypes", plain, [Accumulate(self.count)], epochs=1, enter=begin)
+            rest = partial(self.count_rest, item)
+            yield Stage(f"{item.name}/prototypes", plain, [Accumulate(self.count)], epochs=1, enter=begin, exit=rest)
             add = partial(self.before_patch, item)
             yield Stage(f"{item.name}/patch", item.train_source, [Descend(self.loss)], enter=add)
 
