@@ -1,6 +1,6 @@
 """The weights of a trunk of linear layers in a row, and which of them learn: those of some units."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -80,3 +80,46 @@ class UnitChain:
         """Returns parameters with their values, of which those entries alone have a gradient that a mask marks."""
         values: dict[str, Any] = dict(self.model.named_parameters())
         return {name: torch.where(mask, values[name], values[name].detach()) for name, mask in masks.items()}
+
+    def drifted(self, kept: Mapping[str, Tensor], farther: float) -> list[list[int]]:
+        """Returns of each layer the units whose incoming weights are farther than that from what they were.
+
+        Args:
+            kept: The trunk's parameters at an earlier time, when it may have had fewer units, by name in the model.
+            farther: Euclidean distance.
+        """
+        found = []
+        for name, layer in zip(self.layers, self.linears):
+            start = kept[f"backbone.trunk.{name}.weight"]
+            way = torch.linalg.vector_norm(layer.weight[: start.shape[0], : start.shape[1]] - start, dim=1)
+            found.append((way > farther).nonzero().flatten().tolist())
+        return found
+
+    @torch.no_grad()
+    def put_back(self, doubled: Sequence[Sequence[int]], kept: Mapping[str, Tensor], task: str) -> None:
+        """Gives units that were just doubled their earlier weights back; what is newer reads their doubles instead.
+
+        Args:
+            doubled: Of each layer, the units whose doubles are its last units, in that order.
+            kept: The trunk's parameters at an earlier time, by name in the model.
+            task: Whose head is newer; units that came after that time are, too.
+        """
+        below: tuple[int, Sequence[int]] = (0, [])
+        for name, layer, units in zip(self.layers, self.linears, doubled):
+            weight, bias = (kept.get(f"backbone.trunk.{name}.{what}") for what in ("weight", "bias"))
+            assert weight is not None
+            layer.weight[units] = 0
+            layer.weight[units, : weight.shape[1]] = weight[units]
+            if bias is not None:
+                layer.bias[units] = bias[units]
+            width = layer.out_features - len(units)
+            _read_doubles(layer.weight[len(weight) : width], *below)
+            below = (width, units)
+        _read_doubles(self.head(task).weight, *below)
+
+
+def _read_doubles(weight: Tensor, start: int, originals: Sequence[int]) -> None:
+    """Lets rows read the doubles, which begin at column `start`, in place of the originals."""
+    if originals:
+        weight[:, start:] = weight[:, originals]
+        weight[:, originals] = 0

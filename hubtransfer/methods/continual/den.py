@@ -82,8 +82,8 @@ class DEN(ContinualMethod, name="den", config=DENConfig):
         task: The first task (default: the active one).
 
     Differs from the paper: (4) moves S and N alone, so that units outside S stay as they were; right after a split the
-    new task's head and units read the double in place of the original; the sparse norms act by their proximal steps,
-    so that zeros are zeros.
+    new task's head and units read the double in place of the original; (2) squares the norm of equation 4, as the
+    authors' code does; the sparse norms act by their proximal steps, so that zeros are zeros.
 
     Source: https://arxiv.org/abs/1708.01547, algorithms 1 to 4 and equations 2 to 6.
     """
@@ -233,29 +233,16 @@ class DEN(ContinualMethod, name="den", config=DENConfig):
     @torch.no_grad()
     def split(self, end: Any, runtime: "Runtime") -> None:
         """Doubles units that drifted; the originals become again what they were."""
-        kept, moved = self.before.tensors(), []
-        for name, layer in zip(self.chain.layers, self.chain.linears):
-            start = kept[f"backbone.trunk.{name}.weight"]
-            way = torch.linalg.vector_norm(layer.weight[: start.shape[0], : start.shape[1]] - start, dim=1)
-            moved.append((way > self.config.split).nonzero().flatten().tolist())
-        if not any(moved):
+        kept = self.before.tensors()
+        drifted = self.chain.drifted(kept, self.config.split)
+        if not any(drifted):
             end(runtime)
             return
         self.was_split.fill_(True)
-        now, old = self.chain.widths, self._old()
-        self.grow("rebuild", sources=[[*range(width), *units] for width, units in zip(now, moved)])
-        below: tuple[int, list[int]] = (0, [])
-        for name, layer, width, earlier, units in zip(self.chain.layers, self.chain.linears, now, old, moved):
-            weight, bias = (kept.get(f"backbone.trunk.{name}.{what}") for what in ("weight", "bias"))
-            assert weight is not None
-            layer.weight[units] = 0
-            layer.weight[units, : weight.shape[1]] = weight[units]
-            if bias is not None:
-                layer.bias[units] = bias[units]
-            _read_doubles(layer.weight[earlier:width], *below)
-            self.chosen.like(name, weight[:, 0])[units] = False
-            below = (width, units)
-        _read_doubles(self.chain.head(self.current).weight, *below)
+        self.grow("rebuild", sources=[[*range(width), *units] for width, units in zip(self.chain.widths, drifted)])
+        self.chain.put_back(drifted, kept, self.current)
+        for name, units in zip(self.chain.layers, drifted):
+            self.chosen.like(name, kept[f"backbone.trunk.{name}.weight"][:, 0])[units] = False
 
     def finish(self, last: bool, runtime: "Runtime") -> None:
         """Stamps the units that are there now; after the last task gives earlier ones a view of those of their time."""
@@ -319,10 +306,3 @@ def _stage(item: Any, name: str, update: Descend, **hooks: Any) -> Stage:
     still = OptimizerConfig(weight_decay=0.0)  # decay would move weights that are held
     optimizers = dict.fromkeys(update.groups(), still)
     return Stage(f"{item.name}/{name}", item.train_source, [update], optimizers=optimizers, **hooks)
-
-
-def _read_doubles(weight: Tensor, start: int, originals: Sequence[int]) -> None:
-    """Lets rows read the doubles, which begin at column `start`, in place of the originals."""
-    if originals:
-        weight[:, start:] = weight[:, originals]
-        weight[:, originals] = 0
