@@ -61,10 +61,10 @@ def likelihood_roots(
 
 
 def squared_norm(outputs: Tensor) -> Tensor:
-    r"""Returns :math:`\|f(x_i)\|_2^2` of each example, (batch, 1), for outputs (batch, width).
+    r"""Returns :math:`\|f(x_i)\|_2^2` of each example, (batch, 1), for outputs (batch, ...).
 
     >>> import torch
     >>> squared_norm(torch.tensor([[3.0, 4.0]]))
     tensor([[25.]])
     """
-    return outputs.square().sum(-1, keepdim=True)
+    return outputs.flatten(1).square().sum(1, keepdim=True)

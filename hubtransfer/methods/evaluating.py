@@ -5,6 +5,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
+TOGETHER = 512
+"""Examples that a model in evaluation mode is given in one pass, however many there are."""
+
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:

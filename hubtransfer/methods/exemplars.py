@@ -8,14 +8,12 @@ from torch import Tensor
 
 from hubtransfer.data import Batch, Memory
 from hubtransfer.functional.herding import herding_order
-from hubtransfer.methods.evaluating import evaluating
+from hubtransfer.methods.evaluating import TOGETHER, evaluating
 from hubtransfer.methods.item_batches import item_loader
 from hubtransfer.models import TransferModel
 
 if TYPE_CHECKING:
     from hubtransfer.training.runtime import Runtime
-
-_TOGETHER = 512  # examples whose features are computed in one pass
 
 
 def unit_features(model: TransferModel, inputs: dict[str, Tensor], task: str) -> Tensor:
@@ -37,7 +35,7 @@ def herded(model: TransferModel, task: str, item: Any, runtime: "Runtime", class
         classes: Which, int64 (classes,); each has examples in the item's training set.
         count: Examples of each.
     """
-    source, every = item.train_source, item_loader(model, item, runtime, batch_size=_TOGETHER)
+    source, every = item.train_source, item_loader(model, item, runtime, batch_size=TOGETHER)
     with evaluating(model):
         found = [unit_features(model, batch.inputs, task) for batch in every.batches(0)]
     features, labels = torch.cat(found), source.table.labels(source.fields.labels)
@@ -75,7 +73,7 @@ def class_means(model: TransferModel, memory: Memory, task: str, width: int) -> 
     """Returns the mean feature of each class's exemplars, unit length, (width, features); NaN where there are none."""
     sums, counts = None, torch.zeros(width, device=model.device)
     with evaluating(model):
-        for slots in torch.arange(len(memory)).split(_TOGETHER):
+        for slots in torch.arange(len(memory)).split(TOGETHER):
             replay = memory.at(slots)
             features = unit_features(model, replay.inputs, task)
             assert isinstance(replay.labels, Tensor)

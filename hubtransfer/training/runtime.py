@@ -283,14 +283,14 @@ class Runtime:
         """Returns the gradient with respect to each parameter, averaged over processes; zeros where it is unused.
 
         Args:
-            outputs: A loss, or several tensors whose own gradients are `seeds`; with none all gradients are zero.
+            outputs: A loss, or several tensors whose own gradients are `seeds`; of none, or a constant, they are zero.
             params: What to differentiate by.
             seeds: Gradient of the loss with respect to each output.
             create_graph: Whether the gradients are to be differentiated too.
             retain_graph: Whether the graph stays.
         """
         found: Sequence[Tensor | None] = [None] * len(params)
-        if isinstance(outputs, Tensor) or outputs:
+        if outputs.requires_grad if isinstance(outputs, Tensor) else outputs:
             found = torch.autograd.grad(
                 outputs, params, seeds, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
             )

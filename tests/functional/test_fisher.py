@@ -45,6 +45,8 @@ def test_a_number_just_below_one_draws_a_class_that_exists():
 
 def test_squared_norm():
     assert squared_norm(torch.tensor([[3.0, 4.0], [0.0, 2.0]])).tolist() == [[25.0], [4.0]]
+    maps = torch.tensor([[[[1.0, 2.0]], [[3.0, 0.0]]]])  # of a dense head: (1, 2 classes, 1, 2)
+    assert squared_norm(maps).tolist() == [[14.0]]
 
 
 @pytest.mark.parametrize("kind", ["label", "sampled", "fisher"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hubtransfer.data import Batch, MemoryConfig, Ring, TaskStream
 from hubtransfer.methods.episodic_memory import random_examples
-from hubtransfer.methods.evaluating import evaluating
+from hubtransfer.methods.evaluating import TOGETHER, evaluating
 from hubtransfer.methods.importance import need_classes
 from hubtransfer.methods.replay_method import Part, ReplayMethod, check_replay, mean, widest
 from hubtransfer.methods.stage import Stage
@@ -100,7 +100,8 @@ class FDR(ReplayMethod, name="fdr", config=FDRConfig):
     def after_task(self, item: Any, runtime: "Runtime") -> None:
         """Remembers random examples of the task with the probabilities that the network gives them."""
         batch = random_examples(self, item, runtime, self.memory.size)
+        parts = (batch.rows(rows) for rows in torch.arange(len(batch)).split(TOGETHER))
         with evaluating(self.model):
-            probabilities = self.model(**batch.inputs, task=self.current).logits.softmax(1)
-        probabilities = widest(self.model, probabilities)
+            found = [self.model(**part.inputs, task=self.current).logits.softmax(1) for part in parts]
+        probabilities = widest(self.model, torch.cat(found))
         self.memory.add(batch, task=self.number, labels=self.labels(batch), same=True, probabilities=probabilities)

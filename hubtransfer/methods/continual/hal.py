@@ -102,7 +102,9 @@ class HAL(ReplayMethod, name="hal", config=HALConfig):
         super().__init__(model, self.configure(config), task=task)
         width = max((spec.head.width for spec in model.tasks.values() if spec.head is not None), default=0)
         self.anchors = ParameterState()  # by number of the item in the stream
-        self.register_buffer("phi", next(model.parameters()).new_zeros(model.backbone.dim))
+        patches: Any = model.patches.values()
+        widest = max([model.backbone.dim, *(patch.dim for patch in patches)])
+        self.register_buffer("phi", next(model.parameters()).new_zeros(widest))
         self.register_buffer("present", torch.zeros(width, dtype=torch.bool))  # classes of the current item
 
     def checked(self, scenario: TaskStream) -> list[Any]:
@@ -143,7 +145,7 @@ class HAL(ReplayMethod, name="hal", config=HALConfig):
     def after_step(self, batch: Batch) -> None:
         """Adds the batch to the memory, its features to their mean, its classes to the task's."""
         mean = everywhere(batch.memo["features"].mean(0, keepdim=True)).mean(0)
-        self.phi.mul_(self.config.decay).add_(mean, alpha=1 - self.config.decay)
+        self.phi[: len(mean)].mul_(self.config.decay).add_(mean, alpha=1 - self.config.decay)
         labels = everywhere(self.labels(batch))
         self.present[labels[labels >= 0]] = True
         self.remember(batch)
@@ -158,4 +160,6 @@ class HAL(ReplayMethod, name="hal", config=HALConfig):
         noise = torch.rand((len(labels), *seen.shape[1:]), generator=self.memory.random("anchors", self.number))
         start = seen.min() + (seen.max() - seen.min()) * noise.to(seen)
         how = {"gamma": config.gamma, "lr": config.anchor_lr or lr, "steps": config.anchor_steps}
-        self.anchors.keep({str(self.number): ascend(self.model, later, self.current, start, labels, self.phi, **how)})
+        current: Any = dict(self.model.patches.items()).get(self.current, self.model.backbone)
+        near = self.phi[: current.dim]
+        self.anchors.keep({str(self.number): ascend(self.model, later, self.current, start, labels, near, **how)})

@@ -13,7 +13,7 @@ from hubtransfer.data.processes import rank, world
 from hubtransfer.methods.class_portions import classes_of
 from hubtransfer.methods.continual_method import ContinualMethod
 from hubtransfer.methods.earlier_model import EarlierModel
-from hubtransfer.methods.evaluating import evaluating
+from hubtransfer.methods.evaluating import TOGETHER, evaluating
 from hubtransfer.methods.exemplars import class_means, herded, once_a_pass, unit_features
 from hubtransfer.methods.importance import need_classes
 from hubtransfer.methods.update import Terms
@@ -147,9 +147,9 @@ class ICaRL(ContinualMethod, name="icarl", config=ICaRLConfig):
             labels = self.labels(batch)
             empty = next(self.model.parameters()).new_zeros(len(labels), len(self.old))
             self.memory.add(batch, task=self.number, labels=labels, same=True, answers=empty)
-        everything = torch.arange(len(self.memory))
         with evaluating(self.model):
-            self.memory.update(everything, answers=self._answers(self.model, self.memory.at(everything).inputs))
+            for slots in torch.arange(len(self.memory)).split(TOGETHER):
+                self.memory.update(slots, answers=self._answers(self.model, self.memory.at(slots).inputs))
         self._means = None
 
     def predict(self, batch: Batch, task: str) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hubtransfer.data import Batch, Replay, Ring, SingleTask, TaskStream
+from hubtransfer.methods.continual import fdr
 from hubtransfer.methods.continual.fdr import FDR
 from hubtransfer.methods.continual.si import SI
 from hubtransfer.models import ClassificationHead, RegressionHead, TransferModel
@@ -131,3 +132,14 @@ def test_what_cannot_be():
         list(FDR(numbers).stages(stream))
     with pytest.raises(ValueError, match="task 't1'"):
         list(FDR(model_for(task_stream(2)).remove_task("t1")).stages(task_stream(2)))
+
+
+def test_a_large_memory_is_looked_at_in_parts(monkeypatch):
+    kept = []
+    for size in (512, 5):
+        monkeypatch.setattr(fdr, "TOGETHER", size)
+        method, stream = example(torch.float64)
+        run(method, stream)
+        kept.append(method.memory.everything())
+    assert torch.equal(kept[0].labels, kept[1].labels)
+    torch.testing.assert_close(kept[0].kept["probabilities"], kept[1].kept["probabilities"], rtol=0, atol=1e-12)

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 import hubtransfer as ht
 from hubtransfer.data import SingleTask, TaskStream
 from hubtransfer.methods.continual.mas import MAS
+from hubtransfer.models import DenseHead, TransferModel
 from tests.methods.continual.streams import domain_stream, model_for
 from tests.methods.steps import assert_same_parameters, batches, clone, run
+from tests.tiny import tiny_backbone, tiny_data
 
 
 def example(dtype=torch.float32, seed=0, n=24):
@@ -78,3 +80,18 @@ def test_labels_do_not_matter_for_the_importance():
 def test_bad_hyper_parameters_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         MAS(model_for(domain_stream()), **bad)
+
+
+def test_a_map_of_classes_has_a_norm_over_all_its_places():
+    """The head's bias has the gradient 2 sum over places of its output, and |that| is its importance."""
+    images = {"pixel_values": tiny_data(8, dtype=torch.float64)["pixel_values"], "labels": torch.zeros(8, 8, 8).long()}
+    model = TransferModel(tiny_backbone(dtype=torch.float64)).add_task("task", DenseHead(2))
+    method = MAS(model)
+    run(method, TaskStream([SingleTask(images, name="one")], kind="domain"), steps=1)
+    (name, bias) = list(model.named_parameters())[-1]
+    model.eval()
+    gradients = []
+    for image in images["pixel_values"]:
+        norm = model(pixel_values=image[None], task="task").logits.square().sum()
+        gradients.append(torch.autograd.grad(norm, bias)[0].abs())
+    torch.testing.assert_close(method.importance.like(name, bias), torch.stack(gradients).mean(0))
