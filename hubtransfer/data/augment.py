@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, one_hot
 
@@ -169,6 +168,8 @@ class MixUp:
 
     def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Share ``(count,)`` that each example keeps of itself."""
+        from scipy.special import betaincinv  # takes longer to import than most runs do to start
+
         uniform = torch.rand(count, generator=generator, dtype=torch.float64)
         return {"kept": torch.from_numpy(betaincinv(self.alpha, self.alpha, uniform.numpy())).float()}
 

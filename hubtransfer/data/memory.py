@@ -365,6 +365,9 @@ def _labelled(labels: Tensor) -> tuple[np.ndarray, Callable[[Tensor], Tensor]]:
     """Which examples have a label, int64 (count,), and what selects them."""
     if labels.dim() > 1:
         return np.arange(len(labels)), _own
+    whole = not labels.is_floating_point() and labels.device.type == "cpu" and len(labels) > 0
+    if whole and int(labels.min()) >= 0:  # what most batches are, and told in one pass
+        return np.arange(len(labels)), _own
     known = (known_values if labels.is_floating_point() else known_classes)(labels)
     rows = known.nonzero().flatten().cpu().numpy()
     return rows, _own if len(rows) == len(labels) else lambda value: value[known.to(value.device)]

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from scipy.special import stdtrit
-
 
 class Interval(NamedTuple):
     """A mean with its confidence interval.
@@ -52,6 +50,8 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
         raise ValueError("no values to average")
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, such as 0.95, not {level}")
+    from scipy.special import stdtrit  # takes longer to import than most runs do to start
+
     count = len(values)
     mean = math.fsum(values) / count
     if count == 1:

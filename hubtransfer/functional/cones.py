@@ -2,8 +2,6 @@
 
 import numpy as np
 import torch
-from scipy.linalg import cho_factor, solve_triangular
-from scipy.optimize import nnls
 from torch import Tensor
 
 _STRETCH = 1 << 14  # long sums in 32 bits lose a digit; 64-bit copies of all vectors would take five times as long
@@ -47,6 +45,8 @@ def cone_weights(gram: Tensor, products: Tensor, margin: float = 0.0, ridge: flo
     scale = np.abs(target).max(initial=0.0)
     if scale == 0:
         return torch.full((count,), margin, dtype=torch.float64)
+    from scipy.optimize import nnls  # 0.4 s, which nobody else should wait for
+
     u, _ = nnls(factor, target / scale, maxiter=100 * count)
     return torch.from_numpy(u * scale / size + margin)
 
@@ -104,6 +104,8 @@ def _inner_products(vector: Tensor, constraints: Tensor) -> tuple[Tensor, Tensor
 
 def _square_root(matrix: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A with A^T A = matrix, and b with A^T b = right: triangular, or from eigenvalues where it is singular."""
+    from scipy.linalg import cho_factor, solve_triangular
+
     try:
         factor, _ = cho_factor(matrix, lower=False)
         factor = np.triu(factor)

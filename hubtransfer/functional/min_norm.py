@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 from torch import Tensor
 
 
@@ -43,6 +42,8 @@ def min_norm_weights(gram: Tensor) -> Tensor:
         return torch.full((terms,), 1 / terms, dtype=gram.dtype, device=gram.device)
     factor = _factor((matrix + matrix.T) / (2 * scale))
     system = np.concatenate([factor, np.ones((1, terms))])
+    from scipy.optimize import nnls  # 0.4 s, which nobody else should wait for
+
     x, _ = nnls(system, np.concatenate([np.zeros(terms), [1.0]]), maxiter=100 * terms)
     return torch.as_tensor(x / x.sum(), dtype=gram.dtype, device=gram.device)
 

@@ -14,7 +14,6 @@ from statistics import fmean
 from typing import Any
 
 import jinja2
-from scipy.special import stdtrit
 
 from hubtransfer.models.card_metadata import base_model, metadata, patch_configs, title_of, unique
 
@@ -156,6 +155,8 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     """
     if len(values) < 2:
         raise ValueError(f"an interval needs at least two values, got {len(values)}")
+    from scipy.special import stdtrit  # takes longer to import than most runs do to start
+
     mean, n = fmean(values), len(values)
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))  # statistics.stdev stumbles over NaN
     return mean, float(stdtrit(n - 1, (1 + level) / 2)) * spread / math.sqrt(n)
