@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hubtransfer.backbones import Features
-from hubtransfer.data import Batch, Source, TaskStream
+from hubtransfer.data import Batch, TaskStream
 from hubtransfer.data.processes import everywhere
 from hubtransfer.functional.missing import known_classes
 from hubtransfer.methods.continual_method import ContinualMethod
@@ -31,8 +31,8 @@ class StatisticsMethod(ContinualMethod):
     """Shows each item of a stream once, without augmentation, to a head of statistics; nothing is trained.
 
     Features are computed once an example where the data allow it: evaluation after each task looks them up. Processes
-    count the examples of all, so that each has the whole statistics, every example once. (Of a stream of unknown length
-    the last few, fewer than there are processes, go to none.)
+    count the examples of all, so that each has the whole statistics, every example once. Of a stream of unknown length
+    the run's `steps` say how many batches count, and its last few examples, fewer than processes, go to none.
 
     Attributes:
         cache: Features of evaluation data.
@@ -114,12 +114,13 @@ class StatisticsMethod(ContinualMethod):
     def stages(self, scenario: TaskStream) -> Iterator[Stage]:
         """One pass over each item."""
         for stage, item in zip(super().stages(scenario), scenario):
-            yield replace(stage, data=self.plain(item), epochs=1)
+            yield self.one_pass(stage, item)
 
     @staticmethod
-    def plain(item: Any) -> Source:
-        """Returns an item's training data without augmentation and in order: what no step has are the last."""
-        return replace(item.train_source, augment=None, shuffle=False)
+    def one_pass(stage: Stage, item: Any) -> Stage:
+        """Returns a stage that reads an item once, without augmentation and in order: what no step has are the last."""
+        source = replace(item.train_source, augment=None, shuffle=False)
+        return replace(stage, data=source, epochs=None if source.iterable else 1)
 
     def after_task(self, item: Any, runtime: "Runtime") -> None:
         """Makes what predicts, of all examples."""

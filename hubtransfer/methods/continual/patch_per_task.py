@@ -122,9 +122,9 @@ class PatchPerTask(StatisticsMethod, name="patch_per_task", config=PatchPerTaskC
     def stages(self, scenario: TaskStream) -> Iterator[Stage]:
         """Two stages an item: one pass that counts, then the patch and its head."""
         for item in self.checked(scenario):
-            plain, begin = self.plain(item), partial(self.begin, item)
-            rest = partial(self.count_rest, item)
-            yield Stage(f"{item.name}/prototypes", plain, [Accumulate(self.count)], epochs=1, enter=begin, exit=rest)
+            begin, rest, source = partial(self.begin, item), partial(self.count_rest, item), item.train_source
+            count = Stage(f"{item.name}/prototypes", source, [Accumulate(self.count)], enter=begin, exit=rest)
+            yield self.one_pass(count, item)
             add = partial(self.before_patch, item)
             yield Stage(f"{item.name}/patch", item.train_source, [Descend(self.loss)], enter=add)
 

@@ -83,6 +83,21 @@ def test_examples_without_a_label_do_not_count():
     assert method.model.heads["task"].counts.flatten().tolist() == [5, 5, 5]
 
 
+def test_a_stream_of_unknown_length_counts_for_as_many_steps_as_the_run_has():
+    data = domain_stream(1)[0].train
+
+    def examples():
+        return ({name: values[k] for name, values in data.items()} for k in range(24))
+
+    method = NCM(model())
+    run(method, TaskStream([SingleTask(examples)], kind="domain"), steps=3, batch_size=6)
+    first = NCM(model())
+    some = {name: values[:18] for name, values in data.items()}
+    run(first, TaskStream([SingleTask(some)], kind="domain"), batch_size=6)
+    assert method.model.heads["task"].counts.sum() == 18
+    torch.testing.assert_close(method.model.heads["task"].sums, first.model.heads["task"].sums)
+
+
 def test_features_of_evaluation_data_are_computed_once():
     stream = class_stream(3)
     method = NCM(model(6))
