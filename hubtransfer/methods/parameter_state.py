@@ -72,9 +72,9 @@ class ParameterState(nn.Module):
 
 
 def _key(name: str) -> str:
-    """A buffer's name may not hold a dot."""
-    return name.replace(".", ":")
+    """A buffer's name may not hold a dot; names of tasks may hold what stands for it."""
+    return name.replace("%", "%25").replace(":", "%3a").replace(".", ":")
 
 
 def _name(key: str) -> str:
-    return key.replace(":", ".")
+    return key.replace(":", ".").replace("%3a", ":").replace("%25", "%")

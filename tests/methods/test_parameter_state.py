@@ -43,3 +43,12 @@ def test_an_empty_state_that_was_moved_loads_to_where_it_is():
     owner.to("meta")  # stands for a GPU
     owner.state.load_state_dict(kept.state_dict())
     assert owner.state.tensors()["a.b"].device.type == "meta"
+
+
+def test_names_with_any_sign_come_back():
+    names = ["heads.a:0.weight", "heads.a.0.weight", "heads.a%3a0.weight", "heads.100%.bias"]
+    state = ParameterState()
+    state.keep({name: torch.full((2,), float(k)) for k, name in enumerate(names)})
+    other = ParameterState()
+    other.load_state_dict(state.state_dict())
+    assert {name: value[0].item() for name, value in other.tensors().items()} == dict(zip(names, (0.0, 1.0, 2.0, 3.0)))

@@ -51,7 +51,7 @@ class DER(ReplayMethod, name="der", config=DERConfig):
         task: Task of a stream that names none (default: the active one).
 
     Differs from the paper: as in the authors' code the squared distance is a mean over classes too. Batch and replay go
-    through the network in one forward: normalisation layers see both.
+    through the network in one forward: normalisation layers see both. Heads of earlier tasks stay as they are.
 
     Source: https://arxiv.org/abs/2004.07211, equation 5 and algorithm 1.
     """

@@ -43,7 +43,8 @@ class DERPlusPlus(DER, name="der_plus_plus", config=DERPlusPlusConfig):
         task: Task of a stream that names none (default: the active one).
 
     Differs from the paper: as in the authors' code the squared distance is a mean over classes too. Batch and both
-    replays go through the network in one forward: normalisation layers see all three.
+    replays go through the network in one forward: normalisation layers see all three. Heads of earlier tasks stay as
+    they are.
 
     Source: https://arxiv.org/abs/2004.07211, equation 6 and algorithm 2.
     """

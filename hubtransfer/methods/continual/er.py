@@ -45,7 +45,8 @@ class ER(ReplayMethod, name="er", config=ERConfig):
         task: Task of a stream that names none (default: the active one).
 
     Differs from the paper: the gradients of batch and replay are those of one mean over both, as in the protocol of
-    dark experience replay, not one step each.
+    dark experience replay, not one step each. Where tasks have heads of their own, those of earlier tasks stay as they
+    are: replay moves what tasks share.
 
     Source: https://arxiv.org/abs/1902.10486, algorithm 1 (with reservoir sampling, algorithm 3).
     """

@@ -43,15 +43,13 @@ class Joint(ContinualMethod, name="joint", config=JointConfig):
     Source: https://arxiv.org/abs/1606.09282, section 4 ("joint training").
     """
 
-    paper = "Caruana 1997"
+    paper = "Li 2016"
     source = "https://arxiv.org/abs/1606.09282"
-    citation = """@article{caruana1997multitask,
-  title = {Multitask Learning},
-  author = {Caruana, Rich},
-  journal = {Machine Learning},
-  volume = {28},
-  pages = {41--75},
-  year = {1997}
+    citation = """@inproceedings{li2016learning,
+  title = {Learning without Forgetting},
+  author = {Li, Zhizhong and Hoiem, Derek},
+  booktitle = {European Conference on Computer Vision},
+  year = {2016}
 }"""
 
     def __init__(self, model: TransferModel, task: str | None = None, **config: Any) -> None:

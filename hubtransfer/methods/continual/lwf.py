@@ -68,8 +68,9 @@ class LwF(Penalty, name="lwf", config=LwFConfig):
         model: The model, with a head for each of the stream's tasks (kind "task") or one for all classes.
         task: Task of a stream that names none (default: the active one).
 
-    Differs from the paper: the warm-up has a length given in advance (the paper: to convergence). As there, gradients
-    of the old answers are not multiplied by T^2.
+    Differs from the paper: the warm-up has a length given in advance (the paper: to convergence); heads of earlier
+    tasks stay as they are (the paper trains them too); old answers come from a second forward, so that the statistics
+    of batch normalisation move twice a step. As in the paper, gradients of the old answers are not multiplied by T^2.
 
     Source: https://arxiv.org/abs/1606.09282, equations 2 to 4 and figure 3; for classes in portions ("LwF.MC"):
     https://arxiv.org/abs/1611.07725, section 4.

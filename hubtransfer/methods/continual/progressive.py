@@ -81,7 +81,15 @@ class Progressive(ContinualMethod, name="progressive", config=ProgressiveConfig)
                 f"Progressive runs a task's own column, so it has to know the task at test time; the stream is of kind "
                 f"{scenario.kind!r}: make it TaskStream(..., kind='task'), with a head for each task"
             )
-        return super().checked(scenario)
+        items = super().checked(scenario)
+        names = [item.task for item in items]
+        again = next((name for k, name in enumerate(names) if name in names[:k]), None)
+        if again is not None:
+            raise ValueError(
+                f"Progressive freezes what a task has learned, but {again!r} comes again: give each item of the stream "
+                "a task of its own"
+            )
+        return items
 
     def add_column(self, task: str, columns: Sequence[str]) -> None:
         """Gives a task a column that hears the trunk and the columns of other tasks."""

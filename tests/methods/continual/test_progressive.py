@@ -1,10 +1,13 @@
 """Progressive networks: earlier outputs stay bit for bit, columns grow and hear, whole runs re-derived, resume."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import hubtransfer as ht
+from hubtransfer.data import TaskStream
 from hubtransfer.methods.continual.progressive import Progressive
 from hubtransfer.patches import ColumnPatch
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
@@ -75,6 +78,14 @@ def test_a_saved_model_has_its_columns(tmp_path):
     again = ht.TransferModel.from_pretrained(tmp_path, backbone=fresh.backbone).eval()
     x = stream[1].train["pixel_values"]
     assert torch.equal(again(pixel_values=x, task="t1").logits, method.model.eval()(pixel_values=x, task="t1").logits)
+
+
+def test_a_task_that_comes_again_is_refused():
+    first, second = task_stream()
+    stream = TaskStream([first, second, replace(first, name="t0 again", task="t0")], kind="task")
+    method = Progressive(model_for(TaskStream([first, second], kind="task")))
+    with pytest.raises(ValueError, match="'t0' comes again"):
+        method.checked(stream)
 
 
 def test_other_kinds_of_streams_are_refused_with_the_reason():
