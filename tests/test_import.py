@@ -33,6 +33,15 @@ def test_import_is_quick_and_loads_nothing_heavy() -> None:
     assert runs[0][1] == []
 
 
+def test_naming_a_method_loads_that_method_alone() -> None:
+    code = (
+        "import json, sys; from hubtransfer.methods import find; find('er'); "
+        "print(json.dumps([name for name in sys.modules "
+        "if name.startswith('hubtransfer.methods.') and name.count('.') == 3 or name == 'scipy']))"
+    )
+    assert json.loads(in_new_interpreter(code)) == ["hubtransfer.methods.continual.er"]
+
+
 def test_type_checkers_and_the_interpreter_see_the_same_names() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     block = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")

@@ -131,10 +131,10 @@ class Rearranged(_View):
         first = _channels_first(images)
         flat = images.flatten(-2) if first else images.reshape(len(images), len(self.origin), -1)
         axis = flat.ndim - 1 if first else 1
-        if flat.dtype == torch.uint8:  # NumPy moves single bytes six times faster than index_select does
-            pixels = flat.numpy()
-            places = self.places.numpy()
-            moved = torch.from_numpy(pixels[..., places] if first else pixels[:, places])
+        if flat.dtype == torch.uint8:
+            # NumPy moves single bytes six times faster than index_select does. Its `take` leaves rows whole in memory,
+            # which indexing does not: all that follows would go through the batch in strides.
+            moved = torch.from_numpy(flat.numpy().take(self.places.numpy(), axis))
         else:
             moved = flat.index_select(axis, self.places)
         if len(self.outside):

@@ -73,9 +73,9 @@ class ContinualMethod(Method, scenario=TaskStream):
         """
         if not isinstance(batch, Replay) or batch.tasks is None:
             return self.task if batch.task is None else batch.task
-        if len(set(self.begun.tolist())) == 1:
-            return self.current
         names = self.learned_tasks
+        if len(set(names)) == 1:
+            return names[-1]
         found = [names[number] for number in batch.tasks.tolist()]
         return found[0] if len(set(found)) == 1 else found
 

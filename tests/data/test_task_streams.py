@@ -47,6 +47,16 @@ def test_permuted_tasks_move_the_pixels_of_every_image_alike_and_the_first_task_
     assert len({tuple(order.tolist()) for order in orders} | {tuple(range(24))}) == 4
 
 
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3), (3, 4, 6)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_moved_images_lie_in_memory_one_after_another(shape, dtype):
+    data = {**images(), "pixel_values": images(shape=shape)["pixel_values"].to(dtype)}
+    if dtype.is_floating_point and shape == (4, 6, 3):
+        data["pixel_values"] = data["pixel_values"].permute(0, 3, 1, 2)  # channels first, as all real numbers are
+    moved = pixels(permuted_tasks(data, tasks=1)[0].train_source)
+    assert moved.is_contiguous() and moved.shape == data["pixel_values"].shape
+
+
 def test_one_seed_fixes_the_tasks_whatever_is_drawn_elsewhere():
     def order(seed):
         return permuted_tasks(images(), tasks=2, seed=seed)[1].train_source.table.origin
