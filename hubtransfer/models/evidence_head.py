@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hubtransfer.backbones import Backbone, Features
 from hubtransfer.functional.generative import gaussian_evidence_bound
-from hubtransfer.models.generators.generator import perceptron
+from hubtransfer.models.generators.networks import perceptron
 from hubtransfer.models.heads import HeadConfig, Inputs
 
 

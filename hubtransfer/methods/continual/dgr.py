@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hubtransfer.data import Batch, TaskStream
 from hubtransfer.data.noise import Noise
+from hubtransfer.functional.distributions import softened_kl
 from hubtransfer.methods.continual_method import ContinualMethod
 from hubtransfer.methods.earlier_model import EarlierModel
 from hubtransfer.methods.importance import need_classes
@@ -34,12 +35,15 @@ class DGRConfig:
     Attributes:
         generator: What draws the replayed inputs.
         new: r, the weight of new data (default: 1/t at the t-th task); 0 learns from the earlier scholar alone.
+        temperature: T, with which the earlier solver's answers are class probabilities, as van de Ven and Tolias (2018)
+            have them with T = 2 (default: each answer is the most probable class).
         generator_epochs: Passes over a task's data in which the generator learns (default: as the training arguments).
         restart: Whether the scholar of each task starts from new weights and knows only what it is taught.
     """
 
     generator: GeneratorConfig = GENERATOR
     new: float | None = None
+    temperature: float | None = None
     generator_epochs: float | None = None
     restart: bool = False
 
@@ -53,6 +57,8 @@ class DGRConfig:
             raise ValueError(f"generator must be a kind of generator such as VAE(), got {self.generator!r}")
         if self.new is not None and not 0 <= self.new <= 1:
             raise ValueError(f"new must lie in [0, 1], got {self.new}")
+        if self.temperature is not None and self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.generator_epochs is not None and self.generator_epochs <= 0:
             raise ValueError(f"generator_epochs must be positive, got {self.generator_epochs}")
 
@@ -64,7 +70,9 @@ class DGR(ContinualMethod, name="dgr", config=DGRConfig):
 
     A scholar is a solver S (the model) and a generator G, which learns to draw new inputs with probability r and those
     of the generator before with 1 - r. Replayed inputs, as many as the batch has, get the class that the earlier solver
-    finds most probable, from each earlier task's head where heads differ. Nothing of the old data is kept.
+    finds most probable, from each earlier task's head where heads differ. Nothing of the old data is kept. With a
+    temperature T the earlier solver's logits v are imitated instead,
+    :math:`L = T^2\, KL(\mathrm{softmax}(v / T) \,\|\, \mathrm{softmax}(z / T))` (https://arxiv.org/abs/1809.10635).
 
     Applies to streams of every kind, to images (batch, channels, height, width) or vectors of one size, heads that
     predict classes; penalties join the solver's loss with `+`. Inputs are scaled so that those of the first task lie in
@@ -74,7 +82,8 @@ class DGR(ContinualMethod, name="dgr", config=DGRConfig):
         model: The model, with a head for each of the stream's tasks (kind "task") or one head.
         task: Task of a stream that names none (default: the active one).
 
-    Differs from the paper: first the generator learns a task, then the solver; generators are perceptrons.
+    Differs from the paper: first the generator learns a task, then the solver; generators are perceptrons unless
+    they are given convolutions.
 
     Source: https://arxiv.org/abs/1705.08690, section 3.1, equation 1.
     """
@@ -148,11 +157,18 @@ class DGR(ContinualMethod, name="dgr", config=DGRConfig):
             answers = self.solver_before.outputs(
                 self.model,
                 Batch(given, changing="replayed inputs are generated anew"),
-                lambda model, x: tuple(model(**x, task=t).logits.argmax(1) for t in tasks),
+                lambda model, x: tuple(model(**x, task=t).logits for t in tasks),
             )
-            losses = [self.model(**given, labels=labels, task=t).loss for t, labels in zip(tasks, answers)]
+            losses = [self.answer_loss(given, t, logits) for t, logits in zip(tasks, answers)]
             terms["replayed"] = (1 - self.share) * torch.stack(losses).mean()
         return terms
+
+    def answer_loss(self, inputs: dict[str, Tensor], task: str, earlier: Tensor) -> Tensor:
+        """Returns how far a head is from the earlier solver's answers, logits (batch, classes): a scalar."""
+        temperature = self.config.temperature
+        if temperature is None:
+            return self.model(**inputs, labels=earlier.argmax(1), task=task).loss
+        return temperature**2 * softened_kl(earlier, self.model(**inputs, task=task).logits, temperature)
 
     @torch.no_grad()
     def recall(self, batch: Batch) -> Tensor:

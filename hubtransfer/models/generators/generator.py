@@ -1,16 +1,15 @@
 """The contract of a generator: it draws inputs in [0, 1] from codes, and says what trains which of its parts."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from hubtransfer.data.noise import Noise
+from hubtransfer.models.generators.networks import Activation, decoder, encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +18,15 @@ class GeneratorConfig(ABC):
 
     Attributes:
         hidden: Units of each hidden layer, those next to the inputs first.
+        channels: Of convolutions between images and hidden layers, each of which halves height and width, those next to
+            the images first: (32, 64) makes maps of 7 x 7 of images of 28 x 28 (default: perceptrons).
         latent: Numbers of a code.
         lr: Learning rate of Adam.
     """
 
     kind: ClassVar[str]
     hidden: tuple[int, ...] = (400, 400)
+    channels: tuple[int, ...] = ()
     latent: int = 100
     lr: float = 1e-3
 
@@ -34,8 +36,10 @@ class GeneratorConfig(ABC):
         Raises:
             ValueError: naming the field and what it may be.
         """
-        if not self.hidden or min(self.hidden) < 1:
+        if min(self.hidden, default=1) < 1 or not self.hidden + self.channels:
             raise ValueError(f"hidden must name at least one layer of at least one unit, got {self.hidden}")
+        if min(self.channels, default=1) < 1:
+            raise ValueError(f"channels must be at least 1 for each convolution, got {self.channels}")
         if self.latent < 1:
             raise ValueError(f"latent must be at least 1, got {self.latent}")
         if self.lr <= 0:
@@ -43,7 +47,19 @@ class GeneratorConfig(ABC):
 
     @abstractmethod
     def build(self, shape: Sequence[int]) -> "Generator":
-        """Makes the generator of inputs of a shape, such as (channels, height, width), with random weights."""
+        """Makes the generator of inputs of a shape, such as (channels, height, width), with random weights.
+
+        Raises:
+            ValueError: if there are convolutions and the inputs are not images, or too small ones.
+        """
+
+    def encoder(self, shape: Sequence[int], outputs: int, activation: Activation) -> nn.Sequential:
+        """Makes the network from inputs (count, *shape) to (count, outputs)."""
+        return encoder(shape, self.channels, self.hidden, outputs, activation)
+
+    def decoder(self, shape: Sequence[int], activation: Activation) -> nn.Sequential:
+        """Makes the network from codes (count, latent) to (count, *shape), before a last activation."""
+        return decoder(self.latent, self.hidden, self.channels, shape, activation)
 
 
 @dataclass(frozen=True)
@@ -78,11 +94,6 @@ class Generator(nn.Module, ABC):
         super().__init__()
         self.config, self.shape = config, tuple(shape)
 
-    @property
-    def size(self) -> int:
-        """Numbers of one input."""
-        return math.prod(self.shape)
-
     @abstractmethod
     def draw(self, codes: Tensor) -> Tensor:
         """Returns the inputs of codes: (count, latent), standard normal, -> (count, *shape) in [0, 1]."""
@@ -90,14 +101,6 @@ class Generator(nn.Module, ABC):
     @abstractmethod
     def players(self) -> Mapping[str, Player]:
         """Returns its parts in the order in which they take their steps on a batch."""
-
-
-def perceptron(widths: Sequence[int], activation: Callable[[], nn.Module]) -> nn.Sequential:
-    """Linear layers from the first width to the last, with an activation after all but the last."""
-    layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        layers += [nn.Linear(before, after), activation()]
-    return nn.Sequential(*layers[:-1])
 
 
 def weighted(values: Tensor, weights: Tensor) -> Tensor:

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from hubtransfer.data.noise import Noise
 from hubtransfer.functional.generative import negative_evidence_bound
-from hubtransfer.models.generators.generator import Generator, GeneratorConfig, Player, perceptron, weighted
+from hubtransfer.models.generators.generator import Generator, GeneratorConfig, Player, weighted
 
 
 @dataclass(frozen=True, kw_only=True)
 class VAE(GeneratorConfig):
-    """Perceptrons that encode inputs as Gaussians over codes and decode codes to Bernoulli probabilities.
+    """Networks that encode inputs as Gaussians over codes and decode codes to Bernoulli probabilities.
 
     It descends on the negative evidence lower bound (see `hubtransfer.functional.generative`), one code an example.
 
@@ -30,17 +30,16 @@ class VAE(GeneratorConfig):
 class _VAE(Generator):
     def __init__(self, config: VAE, shape: Sequence[int]) -> None:
         super().__init__(config, shape)
-        self.encoder = perceptron((self.size, *config.hidden, 2 * config.latent), nn.ReLU)
-        self.decoder = perceptron((config.latent, *reversed(config.hidden), self.size), nn.ReLU)
+        self.encoder = config.encoder(shape, 2 * config.latent, nn.ReLU)
+        self.decoder = config.decoder(shape, nn.ReLU)
 
     def draw(self, codes: Tensor) -> Tensor:
-        return self.decoder(codes).sigmoid().view(-1, *self.shape)
+        return self.decoder(codes).sigmoid()
 
     def players(self) -> dict[str, Player]:
         return {"generator": Player(self, self.loss, self.config.lr)}
 
     def loss(self, inputs: Tensor, weights: Tensor, noise: Noise) -> Tensor:
-        flat = inputs.flatten(1)
-        mean, log_variance = self.encoder(flat).chunk(2, 1)
+        mean, log_variance = self.encoder(inputs).chunk(2, 1)
         codes = mean + (log_variance / 2).exp() * noise.normal(*mean.shape, like=mean)
-        return weighted(negative_evidence_bound(flat, self.decoder(codes), mean, log_variance), weights)
+        return weighted(negative_evidence_bound(inputs, self.decoder(codes), mean, log_variance), weights)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from hubtransfer.data.noise import Noise
 from hubtransfer.functional.generative import gradient_penalty
-from hubtransfer.models.generators.generator import Generator, GeneratorConfig, Player, perceptron, weighted
+from hubtransfer.models.generators.generator import Generator, GeneratorConfig, Player, weighted
 
 
 @dataclass(frozen=True, kw_only=True)
 class WGANGP(GeneratorConfig):
-    r"""A perceptron G that draws inputs, against a critic D, another one, of slope one.
+    r"""A network G that draws inputs, against a critic D of slope one.
 
     .. math:: L_D = E_z D(G(z)) - E_x D(x) + \lambda E_{\hat x} (\|\nabla_{\hat x} D(\hat x)\|_2 - 1)^2, \qquad
        L_G = -E_z D(G(z))
@@ -56,14 +56,13 @@ class _WGANGP(Generator):
     def __init__(self, config: WGANGP, shape: Sequence[int]) -> None:
         super().__init__(config, shape)
         leaky = partial(nn.LeakyReLU, 0.2)
-        self.generator = perceptron((config.latent, *reversed(config.hidden), self.size), leaky)
-        self.critic = perceptron((self.size, *config.hidden, 1), leaky)
+        self.generator, self.critic = config.decoder(shape, leaky), config.encoder(shape, 1, leaky)
 
     def draw(self, codes: Tensor) -> Tensor:
-        return self.generator(codes).sigmoid().view(-1, *self.shape)
+        return self.generator(codes).sigmoid()
 
     def judge(self, inputs: Tensor) -> Tensor:
-        return self.critic(inputs.flatten(1)).squeeze(1)
+        return self.critic(inputs).squeeze(1)
 
     def players(self) -> dict[str, Player]:
         betas, config = (0.0, 0.9), self.config

@@ -17,9 +17,10 @@ from tests.methods.steps import batches, clone, run, snapshot
 from tests.tiny import tiny_data, tiny_model
 
 SMALL = VAE(hidden=(16,), latent=4)
+CONVOLUTIONAL = VAE(hidden=(8,), channels=(4,), latent=4)
 
 
-def example(dtype=torch.float32, seed=0, n=24, generator=SMALL):
+def example(dtype=torch.float32, seed=0, n=24, generator=CONVOLUTIONAL):
     stream = domain_stream(n=n, seed=seed, dtype=dtype)
     return _seeded(model_for(stream, dtype=dtype, seed=seed), seed, generator=generator), stream
 
@@ -62,6 +63,23 @@ def test_the_solvers_loss_is_that_of_equation_1(make):
     terms = method.loss(each)
     torch.testing.assert_close(terms["labels"], F.cross_entropy(logits, each.labels) / 3)
     torch.testing.assert_close(terms["replayed"], torch.stack(losses).mean() * 2 / 3)
+
+
+@pytest.mark.parametrize("make", [domain_stream, task_stream])
+def test_with_a_temperature_the_earlier_probabilities_are_imitated(make):
+    stream = make(2, dtype=torch.float64)
+    method = learned(stream, temperature=2.0)
+    (each,) = batches(stream[1].train_source, steps=1)
+    low, high = stream[0].train["pixel_values"].min(), stream[0].train["pixel_values"].max()
+    replayed = low + (high - low) * recalled(method)
+    old, head = clone(method.model), "t0" if stream.kind == "task" else "task"
+    old.load_state_dict(method.solver_before.kept.tensors())
+    then, now = (m.heads[head](m.backbone.trunk(replayed)) for m in (old, method.model))
+    p, q = torch.softmax(then / 2, 1), torch.softmax(now / 2, 1)
+    expected = 4 * (p * (p / q).log()).sum(1).mean() / 2
+    found = method.loss(each)["replayed"]
+    assert found > 1e-6
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_generator_learns_the_same_mixture():
@@ -119,7 +137,7 @@ def test_cut_between_the_steps_of_generator_and_critic(tmp_path):
     from hubtransfer.training import Trainer
     from tests.methods.steps import settings
 
-    adversarial = WGANGP(hidden=(8,), latent=3, critic_steps=2)
+    adversarial = WGANGP(hidden=(8,), channels=(2, 3), latent=3, critic_steps=2)
     whole, stream = example(generator=adversarial)
     Trainer(whole, stream, settings(output_dir=str(tmp_path / "a"), steps=2, save=1, keep=100)).train()
     folders = Checkpoints(tmp_path / "a" / "checkpoints").all()
@@ -139,7 +157,7 @@ def test_penalties_join_the_solver():
     assert any((value > 0).any() for value in both.parts[0].importance.tensors().values())
 
 
-@pytest.mark.parametrize("bad", [{"new": 1.5}, {"generator_epochs": 0}, {"generator": "vae"}])
+@pytest.mark.parametrize("bad", [{"new": 1.5}, {"generator_epochs": 0}, {"generator": "vae"}, {"temperature": 0.0}])
 def test_bad_hyper_parameters_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         DGR(model_for(domain_stream()), **bad)
@@ -154,6 +172,8 @@ def test_what_it_cannot_generate_or_answer_is_refused_before_work_starts():
     model = tiny_model().add_task("size", RegressionHead(1))
     with pytest.raises(ValueError, match="answering replayed inputs needs class probabilities, but task 'size'"):
         run(DGR(model, generator=SMALL), stream)
+    with pytest.raises(ValueError, match=r"images of 8 x 8 can be halved 3 times, but channels=\(2, 2, 2, 2\)"):
+        DGR(tiny_model(), generator=VAE(channels=(2, 2, 2, 2)))
     flat = {"pixel_values": torch.ones(6, 3, 8, 8), "labels": torch.zeros(6, dtype=torch.long)}
     with pytest.raises(ValueError, match="all numbers in the inputs of .* are 1"):
         run(DGR(tiny_model(), generator=SMALL), TaskStream([SingleTask(flat, name="t0")], kind="domain"))
