@@ -106,7 +106,7 @@ class MethodWithTerms(Method):
             raise ValueError(f"{where}it trains on several streams ({', '.join(stage.data)}); terms need one batch")
         (*others, update) = stage.updates
         if others or not isinstance(update, Descend):
-            raise ValueError(f"{where}it makes {len(stage.updates)} updates a batch; terms join a single `Descend`")
+            raise ValueError(f"{where}it makes {stage.shape}; terms join a single `Descend`")
         rules = {type(update.rule(group)) for group in update.groups()} - {Sum}
         if rules:
             raise ValueError(f"{where}{rules.pop().__name__} weighs the gradients of its terms against one another")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hubtransfer.data import Batch, TaskStream
 from hubtransfer.methods.aggregate import Combine, Gradients, Sum
 from hubtransfer.methods.continual_method import ContinualMethod
-from hubtransfer.methods.distil import joint_watched, named, without_model
+from hubtransfer.methods.distil import Distillation, joint_watched, named, without_model
 from hubtransfer.methods.method import Method
 from hubtransfer.methods.stage import Stage
 from hubtransfer.methods.update import AnyBatch, Descend, Loss, Terms
@@ -57,7 +57,9 @@ class Penalty(ContinualMethod):
         return other.__radd__(self) if hasattr(other, "__radd__") else self.__radd__(other)
 
     def __radd__(self, other: Any) -> Any:
-        """Gives the terms to a method of another kind."""
+        """Gives the terms to a method of another kind; a distillation method's terms join these."""
+        if isinstance(other, Distillation):
+            return other.__radd__(self)
         return MethodWithPenalties(other, [self]) if isinstance(other, Method) else NotImplemented
 
 
@@ -145,6 +147,8 @@ class MethodWithPenalties(Method):
 
     def __radd__(self, other: Any) -> Any:
         """Gives the penalties to a method of another kind, if no method has them yet."""
+        if isinstance(other, Distillation):
+            return other.__radd__(self)
         return (
             MethodWithPenalties(other, list(self.parts))
             if self._alone and isinstance(other, Method)
@@ -219,7 +223,7 @@ def _joined(method: Any, stage: Stage, parts: Sequence[Penalty]) -> Stage:
         raise ValueError(f"{where}it trains on several streams ({', '.join(stage.data)}); penalties need one batch")
     update = trained[0]
     if len(stage.updates) > 1 or not isinstance(update, Descend):
-        raise ValueError(f"{where}it makes {len(stage.updates)} updates a batch; penalties join a single `Descend`")
+        raise ValueError(f"{where}it makes {stage.shape}; penalties join a single `Descend`")
     rule = update.rule("model")
     observers = [part.observe for part in parts if part.observe is not None]
     beside, combine = None, update.combine

@@ -68,6 +68,13 @@ class Stage:
     when: Callable[[], bool] | None = None
     optimizers: Mapping[str, OptimizerConfig] = field(default_factory=dict)
 
+    @property
+    def shape(self) -> str:
+        """What happens on a batch, in words for messages: one update by its class, or how many there are."""
+        if len(self.updates) == 1:
+            return f"an update of another kind, {type(self.updates[0]).__name__}"
+        return f"{len(self.updates)} updates a batch"
+
     def trains(self) -> tuple[str, ...]:
         """Returns the names of all groups that some update of the stage changes, each once."""
         return tuple(dict.fromkeys(group for update in self.updates for group in update.groups()))

@@ -72,14 +72,14 @@ class PatchPerTask(StatisticsMethod, name="patch_per_task", config=PatchPerTaskC
         super().__init__(model, self.configure(config), task=task)
 
     def __add__(self, other: Any) -> Any:
-        """Takes no penalty: what a task trains is new, and what was there before stays as it is.
+        """Takes no terms: what a task trains is new, its head's classes are its own, and what was there before stays.
 
         Raises:
             TypeError: saying so.
         """
         raise TypeError(
             f"PatchPerTask and {type(other).__name__} cannot be added: of earlier tasks nothing moves that a penalty "
-            "could hold back"
+            "or a memory could hold back, and each task's new head has classes of its own, which no teacher shares"
         )
 
     __radd__ = __add__
