@@ -1,11 +1,12 @@
 """What a method needs that keeps a generator beside its model: the shape and range of inputs, and a fresh start."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hubtransfer.data.seeds import seed_of, seeded
+from hubtransfer.data.seeds import seeded
 from hubtransfer.methods.continual_method import ContinualMethod
 from hubtransfer.methods.item_batches import item_batches
 
@@ -45,14 +46,14 @@ def span_of(method: ContinualMethod, item: Any, runtime: "Runtime") -> Tensor:
 
 
 @torch.no_grad()
-def restart(method: Any, seed: int) -> None:
-    """Gives every layer of the method's model and generator new random weights, the same on all processes.
+def restart(roots: Sequence[nn.Module], seed: int) -> None:
+    """Gives every layer new random weights, which depend on the seed alone: the same on all processes.
 
     Raises:
         ValueError: if a layer does not say how its weights are made.
     """
-    with seeded(seed_of("scholar", seed, method.number)):
-        for root in (method.model, method.generator):
+    with seeded(seed):
+        for root in roots:
             for name, module in root.named_modules():
                 if not any(True for _ in module.parameters(recurse=False)):
                     continue

@@ -40,6 +40,11 @@ class OptimizerConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+def constant_adam(lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> OptimizerConfig:
+    """Adam without decay at a constant rate, which many papers ask for beside the model's own optimiser."""
+    return OptimizerConfig(name="adam", lr=lr, weight_decay=0.0, schedule="constant", options={"betas": betas})
+
+
 @dataclass(frozen=True)
 class Stage:
     """Runs its updates in order on each batch of its data, between `enter` and `exit`.

@@ -1,6 +1,5 @@
 """The continual neural Dirichlet process mixture (Lee et al., 2020)."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,20 +12,18 @@ from torch import Tensor
 from hubtransfer.data import Batch, Ring, Source, TaskStream
 from hubtransfer.data.noise import Noise
 from hubtransfer.data.processes import everywhere, world
-from hubtransfer.data.seeds import seed_of, seeded
+from hubtransfer.data.seeds import seed_of
 from hubtransfer.data.table_views import Rows
-from hubtransfer.methods.continual_method import ContinualMethod
+from hubtransfer.methods.expert_mixture import NEW, ExpertMixture, group_of
 from hubtransfer.methods.importance import need_classes
-from hubtransfer.methods.scholar import need_one_shape, span_of
-from hubtransfer.methods.stage import OptimizerConfig, Stage
+from hubtransfer.methods.scholar import span_of
+from hubtransfer.methods.stage import Stage, constant_adam
 from hubtransfer.methods.update import Accumulate, Descend, Terms
 from hubtransfer.models import EvidenceHead, TransferModel
-from hubtransfer.patches import ColumnConfig
 
 if TYPE_CHECKING:
     from hubtransfer.training.runtime import Runtime
 
-NEW = "new expert inputs"
 LEAST_SHARE = 0.1
 """Examples of a batch that an expert needs, in sum of its shares, to take a step."""
 
@@ -79,7 +76,7 @@ class CNDPMConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
-class CNDPM(ContinualMethod, name="cn_dpm", config=CNDPMConfig):
+class CNDPM(ExpertMixture, name="cn_dpm", config=CNDPMConfig):
     r"""A mixture that grows: each expert knows how likely an input is, and what its class is.
 
     .. math:: p(y | x) \propto \sum_k n_k\, p_k(x)\, p_k(y | x), \qquad
@@ -89,9 +86,9 @@ class CNDPM(ContinualMethod, name="cn_dpm", config=CNDPMConfig):
     with p_k(x) an expert's autoencoder (its evidence lower bound), p_k(y | x) its classifier, n_k how many examples it
     has learned, and p_0 an autoencoder that never learned. Awake, an example that is new goes into a short-term memory;
     any other one trains the experts, each by its share n_k p_k(x) p_k(y | x). Once the memory is full, it falls asleep:
-    a new expert learns from the memory, which is then emptied. The first expert's classifier is the model's trunk and
-    head, each later one a column that hears the earlier ones (`ColumnConfig`); all is saved in the model. Boundaries
-    are neither needed nor used: streams of kind "class" and "domain", a blurred one too; images or vectors of one size.
+    a new expert learns from the memory, which is then emptied. What an expert is made of says `ExpertMixture`.
+    Boundaries are neither needed nor used: streams of kind "class" and "domain", a blurred one too; images or vectors
+    of one size.
 
     Args:
         model: The model, with one head of classes; it gets the experts.
@@ -113,56 +110,11 @@ class CNDPM(ContinualMethod, name="cn_dpm", config=CNDPMConfig):
   year = {2020}
 }"""
 
-    learned_by: Tensor
-
     def __init__(self, model: TransferModel, task: str | None = None, **config: Any) -> None:
         super().__init__(model, self.configure(config), task=task)
-        chosen = self.config
-        self.size, self.noise = math.prod(need_one_shape(self)), Noise()
-        self.portion = chosen.portion or chosen.memory
-        self.memory = Ring(chosen.memory + self.portion, groups=1).build(model.processor)
-        self.register_buffer("learned_by", torch.zeros(0))  # n, of each expert
-        self.usage = torch.zeros(0)
-        if NEW not in model.tasks:
-            self.add_density(NEW, 0)
-
-    # -------------------------------------------------------------------------------------------------- experts
-
-    @property
-    def experts(self) -> list[str]:
-        """Names of the tasks that are the experts' classifiers."""
-        return [self.task, *(f"expert-{k}" for k in range(1, len(self.learned_by)))][: len(self.learned_by)]
-
-    def add_density(self, name: str, number: int) -> None:
-        """Gives the model an autoencoder."""
-        chosen = self.config
-        head = EvidenceHead(self.size, hidden=chosen.hidden, latent=chosen.latent, samples=chosen.samples)
-        with seeded(seed_of("autoencoder", number)):
-            self.model.add_task(name, head).set_task(self.task)
-
-    def add_expert(self) -> None:
-        """Gives the model another expert, which has learned nothing yet."""
-        number, earlier = len(self.learned_by), self.experts
-        self.learned_by = F.pad(self.learned_by, (0, 1))
-        if number > 0:
-            first = self.model.tasks[self.task].head
-            with seeded(seed_of("expert", number)):
-                patch = ColumnConfig(columns=tuple(earlier[1:]), seed=number)
-                self.model.add_task(f"expert-{number}", first, patch=patch).set_task(self.task)
-        self.add_density(f"{self.experts[-1]} inputs", number + 1)
-
-    def groups(self) -> dict[str, Any]:
-        """The newest expert's classifier, `model`, and autoencoder, `generator`; and both of each expert, by its name.
-
-        The parts that an expert hears of earlier ones are not among its own.
-        """
-        if not self.experts:
-            return super().groups()
-        scale, model = self.config.generator_lr / self.config.classifier_lr, self.model
-        classifiers = [model.trainable("patch" if name in model.patches else "all", name) for name in self.experts]
-        densities = [list(self.density(f"{name} inputs").parameters()) for name in self.experts]
-        both = [[*one, {"params": two, "lr_scale": scale}] for one, two in zip(classifiers, densities)]
-        return {"model": classifiers[-1], "generator": densities[-1], **dict(zip(map(_group, self.experts), both))}
+        self.portion = self.config.portion or self.config.memory
+        self.memory = Ring(self.config.memory + self.portion, groups=1).build(model.processor)
+        self.noise, self.usage = Noise(), torch.zeros(0)
 
     def checked(self, scenario: TaskStream) -> list[Any]:
         """Checks that the stream has a length, and one head of classes."""
@@ -177,15 +129,15 @@ class CNDPM(ContinualMethod, name="cn_dpm", config=CNDPMConfig):
     def stages(self, scenario: TaskStream) -> Iterator[Stage]:
         """For each portion a wake stage, and two of sleep when the memory is full."""
         chosen, full = self.config, self.is_full
-        adam = {"generator": _adam(chosen.generator_lr)}, {"model": _adam(chosen.classifier_lr)}
+        adam = {"generator": constant_adam(chosen.generator_lr)}, {"model": constant_adam(chosen.classifier_lr)}
         for item in self.checked(scenario):
             for number, data in enumerate(self.portions(item)):
                 name, begin = f"{item.name}/{number}", partial(self.begin, item) if number == 0 else None
                 awake: list[Any] = [Accumulate(self.place)]
                 for k, expert in enumerate(self.experts):
                     loss, when = partial(self.share_loss, k), partial(self.learns, k)
-                    awake.append(Descend(loss, trains=_group(expert), when=when))
-                adams = {_group(expert): _adam(chosen.classifier_lr) for expert in self.experts}
+                    awake.append(Descend(loss, trains=group_of(expert), when=when))
+                adams = {group_of(expert): constant_adam(chosen.classifier_lr) for expert in self.experts}
                 yield Stage(f"{name} awake", data, awake, epochs=1, enter=begin, optimizers=adams)
                 see, tell = [Descend(self.generator_loss, trains="generator")], [Descend(self.classifier_loss)]
                 steps, grow = chosen.generator_steps, self.fall_asleep
@@ -207,21 +159,6 @@ class CNDPM(ContinualMethod, name="cn_dpm", config=CNDPMConfig):
         if self.number == 0:
             self.noise.seed = runtime.arguments.seed
             self.density(NEW).span.copy_(span_of(self, item, runtime))
-
-    def density(self, name: str) -> Any:
-        """Returns an autoencoder."""
-        return self.model.heads[name]
-
-    # ------------------------------------------------------------------------------------------- awake, and asleep
-
-    def evidence(self, inputs: Tensor) -> Tensor:
-        """Returns ln p_k(x) of each expert, (batch, experts)."""
-        return torch.stack([self.density(f"{name} inputs")(inputs) for name in self.experts], 1)
-
-    def answers(self, batch: Batch) -> Tensor:
-        """Returns ln p_k(y | x) of each expert, (batch, experts, classes)."""
-        logits = torch.stack([self.model(**batch.inputs, task=name).logits for name in self.experts], 1)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(2)
 
     @torch.no_grad()
     def judged(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,24 +229,3 @@ class CNDPM(ContinualMethod, name="cn_dpm", config=CNDPMConfig):
         """Counts what the newest expert has learned, and empties the memory."""
         self.learned_by[-1] += len(self.memory)
         self.memory.drop(torch.arange(len(self.memory)))
-
-    def predict(self, batch: Batch, task: str) -> Tensor:
-        """Returns the mixture's ln p(x, y), (batch, classes); of the head alone while there is no expert."""
-        if task != self.task or not self.experts:
-            return super().predict(batch, task)
-        joint = self.learned_by.log() + self.evidence(batch.inputs["pixel_values"])
-        return (joint[:, :, None] + self.answers(batch)).logsumexp(1)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        saved = state_dict.get(f"{prefix}learned_by")
-        if saved is not None:
-            self.learned_by = self.learned_by.new_empty(saved.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _group(expert: str) -> str:
-    return f"learner {expert}"
-
-
-def _adam(lr: float) -> OptimizerConfig:
-    return OptimizerConfig(name="adam", lr=lr, weight_decay=0.0, schedule="constant")

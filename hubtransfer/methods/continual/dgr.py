@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from hubtransfer.data import Batch, TaskStream
-from hubtransfer.data.noise import Noise
+from hubtransfer.data.seeds import seed_of
 from hubtransfer.functional.distributions import softened_kl
 from hubtransfer.methods.continual_method import ContinualMethod
 from hubtransfer.methods.earlier_model import EarlierModel
+from hubtransfer.methods.generative_memory import GenerativeMemory
 from hubtransfer.methods.importance import need_classes
 from hubtransfer.methods.scholar import need_one_shape, restart, span_of
-from hubtransfer.methods.stage import OptimizerConfig, Stage
+from hubtransfer.methods.stage import Stage, constant_adam
 from hubtransfer.methods.update import Descend, Terms
 from hubtransfer.models import TransferModel
 from hubtransfer.models.generators import VAE, GeneratorConfig
@@ -97,15 +98,10 @@ class DGR(ContinualMethod, name="dgr", config=DGRConfig):
   year = {2017}
 }"""
 
-    span: Tensor
-
     def __init__(self, model: TransferModel, task: str | None = None, **config: Any) -> None:
         super().__init__(model, self.configure(config), task=task)
-        shape = need_one_shape(self)
-        self.generator, self.generator_before = (self.config.generator.build(shape) for _ in range(2))
-        self.generator_before.requires_grad_(False)
-        self.solver_before, self.noise = EarlierModel(), Noise()
-        self.register_buffer("span", torch.tensor([0.0, 1.0]))  # lowest and highest input
+        self.past = GenerativeMemory(self.config.generator, need_one_shape(self))
+        self.solver_before = EarlierModel()
 
     def checked(self, scenario: TaskStream) -> list[Any]:
         """Checks the stream's heads too."""
@@ -113,18 +109,18 @@ class DGR(ContinualMethod, name="dgr", config=DGRConfig):
 
     def groups(self) -> dict[str, Any]:
         """The solver's group `model`, and the generator's parts."""
-        return {**super().groups(), **{name: player.part for name, player in self.generator.players().items()}}
+        return {**super().groups(), **{name: player.part for name, player in self.past.generator.players().items()}}
 
     def stages(self, scenario: TaskStream) -> Iterator[Stage]:
         """Two stages an item: the generator's and the solver's."""
         for item in self.checked(scenario):
             begin, end, data = partial(self.begin, item), partial(self.after_task, item), item.train_source
-            players, epochs = self.generator.players(), self.config.generator_epochs
+            players, epochs = self.past.generator.players(), self.config.generator_epochs
             learn = [
                 Descend(partial(self.generator_loss, name), trains=name, repeat=player.steps)
                 for name, player in players.items()
             ]
-            adams = {name: _adam(player.lr, player.betas) for name, player in players.items()}
+            adams = {name: constant_adam(player.lr, player.betas) for name, player in players.items()}
             yield Stage(f"{item.name}/generator", data, learn, epochs=epochs, enter=begin, optimizers=adams)
             yield Stage(f"{item.name}/solver", data, self.updates(), exit=end)
 
@@ -136,14 +132,7 @@ class DGR(ContinualMethod, name="dgr", config=DGRConfig):
 
     def generator_loss(self, name: str, batch: Batch) -> Terms:
         """Returns the loss of one of the generator's parts: a scalar of its name."""
-        new = self._inputs(batch)
-        low, high = self.span.to(new)
-        parts = [(((new - low) / (high - low)).clamp(0, 1), self.share)] if self.share > 0 else []
-        parts += [(self.recall(batch), 1 - self.share)] if self.share < 1 else []
-        inputs = torch.stack([x for x, _ in parts], 1).flatten(0, 1)  # in turns: a process has a share of both
-        weights = new.new_tensor([share / len(new) for _, share in parts]).repeat(len(new))
-        loss = self.generator.players()[name].loss(inputs, weights, self.noise)
-        return {name: loss}
+        return {name: self.past.loss(name, batch.inputs["pixel_values"], self.share)}
 
     def loss(self, batch: Batch) -> Terms:
         """Returns the scalars `labels`, of new examples, and `replayed`, each times its weight."""
@@ -151,8 +140,7 @@ class DGR(ContinualMethod, name="dgr", config=DGRConfig):
         if self.share > 0:
             terms["labels"] = self.share * self.label_loss(batch)
         if self.share < 1:
-            low, high = self.span.to(self._inputs(batch))
-            given = {"pixel_values": low + (high - low) * self.recall(batch)}
+            given = {"pixel_values": self.past.recall(len(batch), like=batch.inputs["pixel_values"])}
             tasks = list(dict.fromkeys(self.learned_tasks[:-1]))
             answers = self.solver_before.outputs(
                 self.model,
@@ -170,26 +158,13 @@ class DGR(ContinualMethod, name="dgr", config=DGRConfig):
             return self.model(**inputs, labels=earlier.argmax(1), task=task).loss
         return temperature**2 * softened_kl(earlier, self.model(**inputs, task=task).logits, temperature)
 
-    @torch.no_grad()
-    def recall(self, batch: Batch) -> Tensor:
-        """Returns inputs in [0, 1] of the earlier generator, as many as a batch has."""
-        codes = self.noise.normal(len(batch), self.config.generator.latent, like=self._inputs(batch))
-        return self.generator_before.draw(codes).to(codes)
-
     def before_task(self, item: Any, runtime: "Runtime") -> None:
         """Makes the scholar so far the earlier one."""
-        self.noise.seed = runtime.arguments.seed
+        self.past.noise.seed = runtime.arguments.seed
         if self.number == 0:
-            self.span.copy_(span_of(self, item, runtime))
+            self.past.span.copy_(span_of(self, item, runtime))
             return
         self.solver_before.hold(self.model)
-        self.generator_before.load_state_dict(self.generator.state_dict())
+        self.past.hold()
         if self.config.restart:
-            restart(self, runtime.arguments.seed)
-
-    def _inputs(self, batch: Batch) -> Tensor:
-        return batch.inputs["pixel_values"]
-
-
-def _adam(lr: float, betas: tuple[float, float]) -> OptimizerConfig:
-    return OptimizerConfig(name="adam", lr=lr, weight_decay=0.0, schedule="constant", options={"betas": betas})
+            restart([self.model, self.past.generator], seed_of("scholar", runtime.arguments.seed, self.number))

@@ -41,9 +41,9 @@ def learned(stream, **options):
 def recalled(method, count=8):
     """The inputs, in [0, 1], that the method is about to replay."""
     noise = Noise(seed=0)
-    noise.drawn = method.noise.drawn
+    noise.drawn = method.past.noise.drawn
     with torch.no_grad():
-        return method.generator_before.draw(noise.normal(count, 4, like=torch.zeros(1, dtype=torch.float64)))
+        return method.past.before.draw(noise.normal(count, 4, like=torch.zeros(1, dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("make", [domain_stream, task_stream])
@@ -91,8 +91,8 @@ def test_the_generator_learns_the_same_mixture():
     mixed = torch.stack([row for pair in zip(new, old) for row in pair])
     weights = torch.tensor([0.25 / 8, 0.75 / 8] * 8, dtype=torch.float64)
     noise = Noise(seed=0)
-    noise.drawn = method.noise.drawn + 1
-    expected = method.generator.loss(mixed, weights, noise)
+    noise.drawn = method.past.noise.drawn + 1
+    expected = method.past.generator.loss(mixed, weights, noise)
     torch.testing.assert_close(method.generator_loss("generator", each)["generator"], expected)
 
 
@@ -102,9 +102,9 @@ def test_the_earlier_scholar_is_the_one_that_learned_the_task_before():
     first = learned(TaskStream([stream[0]], kind="domain"))
     kept = method.solver_before.kept.tensors()
     assert all(torch.equal(kept[name], value) for name, value in first.model.state_dict().items())
-    before = method.generator_before.state_dict()
-    assert all(torch.equal(before[name], value) for name, value in first.generator.state_dict().items())
-    assert not all(torch.equal(before[name], value) for name, value in method.generator.state_dict().items())
+    before = method.past.before.state_dict()
+    assert all(torch.equal(before[name], value) for name, value in first.past.generator.state_dict().items())
+    assert not all(torch.equal(before[name], value) for name, value in method.past.generator.state_dict().items())
 
 
 def test_it_remembers_what_does_not_come_again():
