@@ -56,9 +56,7 @@ def mean_over_examples(
     Raises:
         ValueError: if the data are a stream without an end and no number is given.
     """
-    if item.train_source.iterable and samples is None:
-        where = item.train_source.where
-        raise ValueError(f"{type(method).__name__}: {where} has no end; say on how many samples to measure")
+    need_samples(method, [item], samples)
     loader = item_loader(method.model, item, runtime, shuffle=samples is not None)
 
     def examples() -> Iterator[Example]:
@@ -89,6 +87,19 @@ def mean_over_examples(
     flat = runtime.reduce(torch.cat([total.flatten() for total in totals.values()]), "sum") / number
     pieces = flat.split([total.numel() for total in totals.values()])
     return {name: piece.view_as(total) for (name, total), piece in zip(totals.items(), pieces)}
+
+
+def need_samples(method: ContinualMethod, items: list[Any], samples: int | None) -> list[Any]:
+    """Returns the items of a stream if each can be measured: on all its data, or on a number of examples.
+
+    Raises:
+        ValueError: naming data that are a stream without an end, where no number is given.
+    """
+    for item in items:
+        if item.train_source.iterable and samples is None:
+            where = item.train_source.where
+            raise ValueError(f"{type(method).__name__}: {where} has no end; say on how many samples to measure")
+    return items
 
 
 def need_classes(method: ContinualMethod, items: list[Any], what: str) -> list[Any]:

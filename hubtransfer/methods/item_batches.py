@@ -48,6 +48,19 @@ def item_loader(
     )
 
 
+def need_ends(method: "Method", items: list[Any]) -> list[Any]:
+    """Returns items of a stream, all of whose training data can be looked at.
+
+    Raises:
+        ValueError: naming data that are a stream, of which nobody knows the end.
+    """
+    for item in items:
+        if item.train_source.iterable:
+            where = item.train_source.where
+            raise ValueError(f"{type(method).__name__} has to look at all of {where}, but it has no end")
+    return items
+
+
 def item_batches(method: "Method", item: Any, runtime: "Runtime", *, shared: bool = False) -> Iterator[Batch]:
     """Yields the training data of an item once, in order and without augmentation.
 
@@ -60,8 +73,6 @@ def item_batches(method: "Method", item: Any, runtime: "Runtime", *, shared: boo
     Raises:
         ValueError: if the data are a stream without an end.
     """
-    source = item.train_source
-    if source.iterable:
-        raise ValueError(f"{type(method).__name__} has to look at all of {source.where}, but it has no end")
+    need_ends(method, [item])
     rank, world = (runtime.rank, runtime.world) if shared else (0, 1)
     yield from islice(item_loader(method.model, item, runtime).batches(0), rank, None, world)

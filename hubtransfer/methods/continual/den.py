@@ -12,7 +12,7 @@ from torch.func import functional_call
 from hubtransfer.data import Batch, TaskStream
 from hubtransfer.functional.subnetworks import reaching_units, rows_shrunk, shrunk
 from hubtransfer.methods.continual_method import ContinualMethod
-from hubtransfer.methods.item_batches import item_batches
+from hubtransfer.methods.item_batches import item_batches, need_ends
 from hubtransfer.methods.parameter_state import ParameterState
 from hubtransfer.methods.stage import OptimizerConfig, Stage
 from hubtransfer.methods.unit_chain import UnitChain
@@ -119,7 +119,7 @@ class DEN(ContinualMethod, name="den", config=DENConfig):
                 "DEN answers a task with the units of its time, so it has to know the task at test time; the stream is "
                 f"of kind {scenario.kind!r}: make it TaskStream(..., kind='task'), with a head for each task"
             )
-        items = super().checked(scenario)
+        items = need_ends(self, super().checked(scenario))
         for item in items:
             self.chain.head(item.task)
         return items

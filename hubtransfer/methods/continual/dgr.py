@@ -15,6 +15,7 @@ from hubtransfer.methods.continual_method import ContinualMethod
 from hubtransfer.methods.earlier_model import EarlierModel
 from hubtransfer.methods.generative_memory import GenerativeMemory
 from hubtransfer.methods.importance import need_classes
+from hubtransfer.methods.item_batches import need_ends
 from hubtransfer.methods.scholar import need_one_shape, restart, span_of
 from hubtransfer.methods.stage import Stage, constant_adam
 from hubtransfer.methods.update import Descend, Terms
@@ -105,7 +106,7 @@ class DGR(ContinualMethod, name="dgr", config=DGRConfig):
 
     def checked(self, scenario: TaskStream) -> list[Any]:
         """Checks the stream's heads too."""
-        return need_classes(self, super().checked(scenario), "answering replayed inputs")
+        return need_classes(self, need_ends(self, super().checked(scenario)), "answering replayed inputs")
 
     def groups(self) -> dict[str, Any]:
         """The solver's group `model`, and the generator's parts."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hubtransfer.data import Batch, TaskStream
 from hubtransfer.functional.fisher import FISHER_KINDS, FisherKind
-from hubtransfer.methods.importance import fisher_diagonal, need_classes
+from hubtransfer.methods.importance import fisher_diagonal, need_classes, need_samples
 from hubtransfer.methods.quadratic_penalty import QuadraticPenalty
 from hubtransfer.methods.update import Terms
 from hubtransfer.models import TransferModel
@@ -84,8 +84,9 @@ class EWC(QuadraticPenalty, name="ewc", config=EWCConfig):
         self.register_buffer("constant", torch.zeros((), dtype=next(model.parameters()).dtype))
 
     def checked(self, scenario: TaskStream) -> list[Any]:
-        """Checks the stream's heads too."""
-        return need_classes(self, super().checked(scenario), "Fisher information")
+        """Checks the stream's heads, and that its data can be measured, too."""
+        items = need_samples(self, super().checked(scenario), self.config.samples)
+        return need_classes(self, items, "Fisher information")
 
     def terms(self, batch: Batch) -> Terms:
         """Returns the scalar `penalty`, once a task has been learned."""

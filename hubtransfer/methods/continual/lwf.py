@@ -97,7 +97,7 @@ class LwF(Penalty, name="lwf", config=LwFConfig):
         self.before = EarlierModel()
 
     def checked(self, scenario: TaskStream) -> list[Any]:
-        """Checks the stream's kind and heads too."""
+        """Checks the stream's kind and heads too, and that its classes are known before a task comes."""
         if scenario.kind == "domain":
             raise ValueError(
                 "LwF keeps outputs that the new task's labels do not train; in a stream of kind 'domain' one head has "
@@ -107,6 +107,9 @@ class LwF(Penalty, name="lwf", config=LwFConfig):
         other = next((item.task for item in items if item.task not in (None, self.task)), None)
         if scenario.kind == "class" and other is not None:
             raise ValueError(f"LwF: the stream's classes belong to task {other!r}: LwF(model, task={other!r})")
+        for item in items:
+            if item.task in (None, self.task):
+                classes_of(item, len(self.fresh), type(self).__name__)
         return items
 
     def groups(self) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hubtransfer.data import TaskStream
 from hubtransfer.functional.fisher import squared_norm
-from hubtransfer.methods.importance import mean_over_examples
+from hubtransfer.methods.importance import mean_over_examples, need_samples
 from hubtransfer.methods.quadratic_penalty import QuadraticPenalty
 from hubtransfer.models import TransferModel
 
@@ -70,6 +71,10 @@ class MAS(QuadraticPenalty, name="mas", config=MASConfig):
     def __init__(self, model: TransferModel, task: str | None = None, **config: Any) -> None:
         super().__init__(model, self.configure(config), task=task)
         self.scale = self.config.strength
+
+    def checked(self, scenario: TaskStream) -> list[Any]:
+        """Checks that the stream's data can be measured, too."""
+        return need_samples(self, super().checked(scenario), self.config.samples)
 
     @torch.no_grad()
     def after_task(self, item: Any, runtime: "Runtime") -> None:

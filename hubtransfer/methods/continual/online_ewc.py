@@ -7,7 +7,7 @@ import torch
 
 from hubtransfer.data import TaskStream
 from hubtransfer.methods.continual.ewc import EWCConfig
-from hubtransfer.methods.importance import fisher_diagonal, need_classes
+from hubtransfer.methods.importance import fisher_diagonal, need_classes, need_samples
 from hubtransfer.methods.quadratic_penalty import QuadraticPenalty
 from hubtransfer.models import TransferModel
 
@@ -70,8 +70,9 @@ class OnlineEWC(QuadraticPenalty, name="online_ewc", config=OnlineEWCConfig):
         self.scale = self.config.strength / 2
 
     def checked(self, scenario: TaskStream) -> list[Any]:
-        """Checks the stream's heads too."""
-        return need_classes(self, super().checked(scenario), "Fisher information")
+        """Checks the stream's heads, and that its data can be measured, too."""
+        items = need_samples(self, super().checked(scenario), self.config.samples)
+        return need_classes(self, items, "Fisher information")
 
     @torch.no_grad()
     def after_task(self, item: Any, runtime: "Runtime") -> None:
