@@ -1,12 +1,15 @@
 """Streams of tasks are views of one data set, fixed by one seed."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
 
 from hubtransfer.data import (
     Loader,
+    SingleTask,
     Table,
+    TaskStream,
     blurred_stream,
     domain_tasks,
     noised_tasks,
@@ -296,3 +299,17 @@ def test_views_are_tables_with_content_hashes():
     assert len(prints) == 3
     again = split_tasks(Table.of(images(12)), classes=[[0, 1]])
     assert again[0].train_source.table.fingerprint() == one[0].train_source.table.fingerprint()
+
+
+def test_a_data_set_of_the_datasets_library_is_split_by_label_by_domain_or_listed():
+    rows = {"pixel_values": [[[[k]]] for k in range(8)], "labels": [0, 1, 2, 3] * 2, "place": ["sea", "land"] * 4}
+    data = datasets.Dataset.from_dict(rows).with_format("torch")
+    by_label, by_place = split_tasks(data, classes=2), domain_tasks(data, column="place")
+    listed = TaskStream([SingleTask(data, name="a"), SingleTask(data.select(range(3)), name="b")], kind="task")
+
+    def numbers(item):
+        return pixels(item.train_source).flatten().tolist()
+
+    assert {item.name: numbers(item) for item in by_label} == {"0-1": [0, 1, 4, 5], "2-3": [2, 3, 6, 7]}
+    assert {item.name: numbers(item) for item in by_place} == {"land": [1, 3, 5, 7], "sea": [0, 2, 4, 6]}
+    assert [numbers(item) for item in listed] == [list(range(8)), [0, 1, 2]]
