@@ -44,6 +44,8 @@ class Loader:
         processor: turns images or texts into inputs; None: columns are the inputs.
         batch_size: examples a step and process. A data set smaller than the (global) batch gives one smaller batch.
         seed: of order and augmentation.
+        stage: number of the stage that reads: each has random orders of its own, or every task of a stream would see,
+            and remember, the same rows at the same time.
         rank: number of this process.
         world: number of processes.
         shuffle: whether epochs run in a fresh random order; False keeps the data set's.
@@ -64,6 +66,7 @@ class Loader:
         *,
         batch_size: int,
         seed: int = 0,
+        stage: int = 0,
         rank: int = 0,
         world: int = 1,
         shuffle: bool = True,
@@ -85,6 +88,7 @@ class Loader:
             raise ValueError("no sources")
         self.sources: dict[str, Source] = {name: source.check() for name, source in named.items()}
         self.processor, self.batch_size, self.seed, self.rank, self.world = processor, batch_size, seed, rank, world
+        self.stage = stage
         self.shuffle, self.drop_last, self.trim, self.workers = shuffle, drop_last, trim, workers
         self.device, self.cache_limit = torch.device(device or "cpu"), cache_limit
         sizes = [len(source.table) for source in self.sources.values() if not source.iterable]
@@ -243,7 +247,8 @@ class Loader:
         size = len(source.table)
         if not (self.shuffle and source.shuffle):
             return torch.arange(size)
-        generator = torch.Generator().manual_seed(seed_of(self.seed, "order", name, epoch, turn))
+        place = (name, epoch, turn, *([self.stage] if self.stage else []))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "order", *place))
         return torch.randperm(size, generator=generator)
 
     def bounds(self, step: int) -> tuple[int, int]:

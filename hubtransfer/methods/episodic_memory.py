@@ -51,6 +51,7 @@ def random_examples(method: ContinualMethod, item: Any, runtime: "Runtime", coun
         count: How many; all of a smaller training set.
     """
     # One batch of a random order: `batch_size` is all that decides which examples these are.
-    batch = next(iter(item_loader(method.model, item, runtime, batch_size=count, shuffle=True).batches(0)))
+    how: dict[str, Any] = {"batch_size": count, "shuffle": True, "stage": method.number}  # other rows of each item
+    batch = next(iter(item_loader(method.model, item, runtime, **how).batches(0)))
     assert isinstance(batch, Batch)
     return batch

@@ -24,6 +24,7 @@ def item_loader(
     rows: Tensor | None = None,
     batch_size: int | None = None,
     shuffle: bool = False,
+    stage: int = 0,
 ) -> Loader:
     """Returns what reads the training data of an item without augmentation, all of them on every process.
 
@@ -34,6 +35,7 @@ def item_loader(
         rows: Only these, int64 (rows,).
         batch_size: Examples of a batch; by default as many as in evaluation.
         shuffle: Whether in random order, which the run's seed fixes.
+        stage: Another number, another order.
     """
     source, arguments = item.train_source, runtime.arguments
     source = source if source.augment is None else replace(source, augment=None)
@@ -42,6 +44,7 @@ def item_loader(
         model.processor,
         batch_size=batch_size or arguments.eval_batch_size or 2 * arguments.batch_size,
         seed=arguments.seed,
+        stage=stage,
         shuffle=shuffle,
         workers=arguments.workers,
         device=runtime.device,

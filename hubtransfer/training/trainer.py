@@ -222,6 +222,7 @@ class Trainer:
             processor=self.method.model.processor,
             batch_size=self.arguments.batch_size,
             seed=self.arguments.seed,
+            stage=self.cursor.stage,
             rank=self.runtime.rank,
             world=self.runtime.world,
             workers=self.arguments.workers,
