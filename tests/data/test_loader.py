@@ -61,6 +61,9 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own():
     assert first != second
     assert first == index(Loader(numbers(10), batch_size=4, seed=1).batches(0))
     assert first != index(Loader(numbers(10), batch_size=4, seed=2).batches(0))
+    later = index(Loader(numbers(10), batch_size=4, seed=1, stage=1).batches(0))  # of another task of a stream
+    assert sorted(flat(later)) == list(range(10))
+    assert later not in (first, second)
     for batch in loader.batches(0):
         assert batch.inputs["pixel_values"][:, 0, 0, 0].tolist() == batch.index.tolist()
         assert batch.labels.tolist() == [i % 3 for i in batch.index.tolist()]

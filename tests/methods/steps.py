@@ -29,9 +29,9 @@ def run(method: Method, scenario: Any, **changes: Any) -> Trainer:
     return trainer
 
 
-def batches(data: Any, steps: int = 3, batch_size: int = 8, processor: Any = None) -> list[Any]:
+def batches(data: Any, steps: int = 3, batch_size: int = 8, processor: Any = None, stage: int = 0) -> list[Any]:
     """The first batches of a stage's data in the order of training."""
-    loader = Loader(data, processor=processor, batch_size=batch_size, seed=0)
+    loader = Loader(data, processor=processor, batch_size=batch_size, seed=0, stage=stage)
     found: list[Any] = []
     epoch = 0
     while len(found) < steps:
@@ -77,3 +77,8 @@ def assert_same_parameters(one: nn.Module, two: nn.Module, tolerance: float = 1e
 def clone(module: nn.Module) -> Any:
     """A deep copy."""
     return copy.deepcopy(module)
+
+
+def batches_of(stream: Any, item: Any, **how: Any) -> list[Any]:
+    """The first batches of an item of a stream, where a method makes one stage of each item."""
+    return batches(item.train_source, stage=list(stream).index(item), **how)

@@ -10,7 +10,7 @@ from hubtransfer.methods.replay_method import Part, mean
 from hubtransfer.models import ClassificationHead, TransferModel
 from tests.methods.continual.streams import domain_stream, model_for
 from tests.methods.continual.test_er import conflicting, logits_of, step
-from tests.methods.steps import assert_same_parameters, batches, clone, run
+from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, run
 from tests.tiny import tiny_backbone, tiny_data
 
 
@@ -38,7 +38,7 @@ def test_whole_tasks_equal_a_plain_loop():
     plain, slots = clone(method.model), watch_draws(method)
     run(method, stream)
     pixels, logits = torch.empty(0, 3, 8, 8, dtype=torch.float64), torch.empty(0, 3, dtype=torch.float64)
-    for each, drawn in zip([e for item in stream for e in batches(item.train_source)], slots, strict=True):
+    for each, drawn in zip([e for item in stream for e in batches_of(stream, item)], slots, strict=True):
         answers = logits_of(plain, each.inputs["pixel_values"])
         loss = F.cross_entropy(answers, each.labels)
         if drawn is not None:

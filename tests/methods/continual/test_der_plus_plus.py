@@ -11,7 +11,7 @@ from hubtransfer.methods.distillation.kd import KD
 from tests.methods.continual.streams import domain_stream, model_for
 from tests.methods.continual.test_der import watch_draws
 from tests.methods.continual.test_er import conflicting, logits_of, step
-from tests.methods.steps import assert_same_parameters, batches, clone, run
+from tests.methods.steps import assert_same_parameters, batches_of, clone, run
 from tests.tiny import teacher_with_logits
 
 
@@ -26,7 +26,7 @@ def test_whole_tasks_equal_a_plain_loop_with_three_forwards():
     method = DERPlusPlus(model, alpha=0.7, beta=0.4, memory=Reservoir(100), replay_batch=5)
     plain, slots = clone(model), watch_draws(method)
     run(method, stream)
-    steps = [each for item in stream for each in batches(item.train_source)]
+    steps = [each for item in stream for each in batches_of(stream, item)]
     assert len(slots) == 2 * len(steps)
     pairs = list(zip(slots[::2], slots[1::2]))
     assert all(not torch.equal(one.sort().values, two.sort().values) for one, two in pairs[1:]), "one draw served twice"

@@ -8,7 +8,7 @@ from hubtransfer.data import Batch, ClassBalanced, Reservoir, Ring, SingleTask, 
 from hubtransfer.methods.continual.er import ER
 from hubtransfer.methods.continual.si import SI
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches, clone, run
+from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, run
 from tests.tiny import tiny_data
 
 
@@ -43,7 +43,7 @@ def test_whole_tasks_equal_a_plain_loop():
     method.memory.draw = draw
     run(method, stream)
     pixels, labels = torch.empty(0, 3, 8, 8, dtype=torch.float64), torch.empty(0, dtype=torch.long)
-    steps = [each for item in stream for each in batches(item.train_source)]
+    steps = [each for item in stream for each in batches_of(stream, item)]
     assert len(steps) == len(slots) == 6
     assert slots[0] is None
     for each, drawn in zip(steps, slots):

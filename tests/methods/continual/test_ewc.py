@@ -9,7 +9,7 @@ import hubtransfer as ht
 from hubtransfer.data import SingleTask, TaskStream
 from hubtransfer.methods.continual.ewc import EWC
 from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches, clone, run
+from tests.methods.steps import assert_same_parameters, batches_of, clone, run
 from tests.tiny import SHAPE, batch, tiny_data, tiny_model
 
 
@@ -39,7 +39,7 @@ def plain_loop(model, stream, kind, *, strength=20.0, steps=3, lr=0.05):
     parameters, past = list(model.parameters()), []
     for item in stream:
         task = item.task or "task"
-        for each in batches(item.train_source, steps=steps):
+        for each in batches_of(stream, item, steps=steps):
             loss = F.cross_entropy(model(**each.inputs, task=task).logits, each.labels)
             for importance, anchor in past:
                 squares = [(f * (p - a).square()).sum() for f, p, a in zip(importance, parameters, anchor)]

@@ -13,7 +13,7 @@ from hubtransfer.methods.continual.si import SI
 from hubtransfer.models import ClassificationHead, RegressionHead, TransferModel
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
 from tests.methods.continual.test_er import logits_of, step
-from tests.methods.steps import assert_same_parameters, batches, clone, run
+from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, run
 from tests.tiny import linear_model, tiny_backbone, tiny_data
 
 
@@ -61,7 +61,7 @@ def test_whole_tasks_equal_a_plain_loop():
                 if key not in probabilities:
                     assert task == t - 1
                     probabilities[key] = logits_of(plain, pixels[None]).softmax(1)[0].detach()
-        for each in batches(item.train_source):
+        for each in batches_of(stream, item):
             step(list(plain.parameters()), F.cross_entropy(logits_of(plain, each.inputs["pixel_values"]), each.labels))
             if t:
                 pixels = kept.inputs["pixel_values"][slots.pop(0)]

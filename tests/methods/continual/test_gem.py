@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hubtransfer.data import Ring
+from hubtransfer.data import Ring, SingleTask, TaskStream
 from hubtransfer.methods.continual.gem import GEM, GEMProjection
 from hubtransfer.methods.continual.l2 import L2
 from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches, begin, clone, run
+from tests.methods.steps import assert_same_parameters, batches, batches_of, begin, clone, run
+from tests.tiny import tiny_data
 
 
 def example(dtype=torch.float32, seed=0, n=24):
@@ -62,7 +63,7 @@ def test_three_tasks_equal_a_plain_loop(make):
             )
             return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found)])
 
-        for each in batches(item.train_source):
+        for each in batches_of(stream, item):
             g = gradient(each.inputs["pixel_values"], each.labels, names[t])
             if t:
                 rows = torch.stack([gradient(*kept[t - 1][k], names[k]) for k in range(t)])
@@ -121,3 +122,12 @@ def test_beside_a_penalty():
 def test_bad_hyper_parameters_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         GEM(model_for(domain_stream()), **bad)
+
+
+def test_each_task_is_remembered_by_other_rows():
+    data = tiny_data(24)
+    stream = TaskStream([SingleTask(data, evaluation=data, name=f"t{k}") for k in range(3)], kind="domain")
+    method = GEM(model_for(stream), memory=Ring(12, groups=3))
+    run(method, stream)
+    sums = [sorted(kept.inputs["pixel_values"].flatten(1).sum(1).tolist()) for kept in method.memory.by_task().values()]
+    assert sums[0] != sums[1] != sums[2] != sums[0]

@@ -12,7 +12,7 @@ from hubtransfer.methods.gradient_similarity import Gradients
 from hubtransfer.models import RegressionHead, TransferModel
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
 from tests.methods.continual.test_er import logits_of, step
-from tests.methods.steps import assert_same_parameters, batches, clone, run
+from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, run
 from tests.tiny import tiny_backbone, tiny_data
 
 
@@ -66,7 +66,7 @@ def test_scores_and_steps_equal_a_plain_loop():
     run(method, stream)
     compared = iter(seen["compared"])
     for each, drawn, scores in zip(
-        [e for item in stream for e in batches(item.train_source)], seen["drawn"], seen["added"], strict=True
+        [e for item in stream for e in batches_of(stream, item)], seen["drawn"], seen["added"], strict=True
     ):
         x, y = each.inputs["pixel_values"], each.labels
         both = (x, y) if drawn is None else (torch.cat([x, drawn.inputs["pixel_values"]]), torch.cat([y, drawn.labels]))

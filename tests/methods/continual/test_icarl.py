@@ -11,7 +11,7 @@ from hubtransfer.methods.continual.l2 import L2
 from hubtransfer.methods.exemplars import class_means, once_a_pass
 from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
 from tests.methods.continual.test_er import logits_of, step
-from tests.methods.steps import assert_same_parameters, batches, clone, run
+from tests.methods.steps import assert_same_parameters, batches_of, clone, run
 from tests.tiny import batch
 
 
@@ -51,7 +51,7 @@ def test_three_portions_equal_a_plain_loop():
         if t:
             for half in (seen[t][:3], seen[t][3:]):
                 assert sorted(torch.cat([replay.slots for replay in half]).tolist()) == list(range(12))
-        for number, each in enumerate(batches(item.train_source, steps=6)):
+        for number, each in enumerate(batches_of(stream, item, steps=6)):
             x, y = each.inputs["pixel_values"], each.labels
             if t:
                 x = torch.cat([x, seen[t][number].inputs["pixel_values"]])

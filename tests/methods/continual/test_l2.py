@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from hubtransfer.methods.continual.l2 import L2
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches, clone, run
+from tests.methods.steps import assert_same_parameters, batches_of, clone, run
 from tests.tiny import batch
 
 
@@ -38,7 +38,7 @@ def test_steps_equal_a_plain_loop():
     run(method, stream)
     anchor = None
     for item in stream:
-        for each in batches(item.train_source):
+        for each in batches_of(stream, item):
             loss = F.cross_entropy(plain.heads["task"](plain.backbone.trunk(each.inputs["pixel_values"])), each.labels)
             if anchor is not None:
                 loss = loss + 0.25 * sum((p - a).square().sum() for p, a in zip(plain.parameters(), anchor))

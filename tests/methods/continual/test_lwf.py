@@ -10,7 +10,7 @@ from hubtransfer.methods.continual.l2 import L2
 from hubtransfer.methods.continual.lwf import LwF
 from hubtransfer.training import Checkpoints, Trainer
 from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches, clone, run, settings
+from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, run, settings
 from tests.tiny import batch
 
 
@@ -40,7 +40,7 @@ def test_heads_of_their_own_equal_a_plain_loop():
     for t, item in enumerate(stream):
         before, old = clone(plain), [i.name for i in stream[:t]] if t else []
         parameters = [p for m in (plain.backbone.trunk, plain.heads[item.name]) for p in m.parameters()]
-        for each in batches(item.train_source):
+        for each in batches_of(stream, item):
             loss = F.cross_entropy(plain(**each.inputs, task=item.name).logits, each.labels)
             for name in old:
                 then = before(**each.inputs, task=name).logits.detach()
@@ -57,10 +57,10 @@ def test_classes_in_portions_with_a_warm_up_equal_a_plain_loop():
     for t, item in enumerate(stream):
         before, seen = clone(plain), 2 * t
         if t:
-            for each in batches(item.train_source, steps=2):
+            for each in batches(item.train_source, steps=2, stage=2 * t - 1):
                 logits = plain(**each.inputs).logits[:, seen : seen + 2]
                 step(F.cross_entropy(logits, each.labels - seen), list(plain.heads["task"].parameters()))
-        for each in batches(item.train_source):
+        for each in batches(item.train_source, stage=2 * t):
             logits = plain(**each.inputs).logits
             loss = F.cross_entropy(logits, each.labels)
             if t:

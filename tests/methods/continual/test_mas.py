@@ -9,7 +9,7 @@ from hubtransfer.data import SingleTask, TaskStream
 from hubtransfer.methods.continual.mas import MAS
 from hubtransfer.models import DenseHead, TransferModel
 from tests.methods.continual.streams import domain_stream, model_for
-from tests.methods.steps import assert_same_parameters, batches, clone, run
+from tests.methods.steps import assert_same_parameters, batches_of, clone, run
 from tests.tiny import tiny_backbone, tiny_data
 
 
@@ -50,7 +50,7 @@ def test_three_tasks_equal_a_plain_loop():
     run(method, stream)
     parameters, omega, anchor = list(plain.parameters()), None, None
     for item in stream:
-        for each in batches(item.train_source):
+        for each in batches_of(stream, item):
             loss = F.cross_entropy(plain(**each.inputs).logits, each.labels)
             if anchor is not None:
                 loss = loss + 0.5 * sum((o * (p - a).square()).sum() for o, p, a in zip(omega, parameters, anchor))

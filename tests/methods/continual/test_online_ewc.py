@@ -8,7 +8,7 @@ from hubtransfer.methods.continual.ewc import EWC
 from hubtransfer.methods.continual.online_ewc import OnlineEWC
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
 from tests.methods.continual.test_ewc import fisher
-from tests.methods.steps import assert_same_parameters, batches, clone, run
+from tests.methods.steps import assert_same_parameters, batches_of, clone, run
 
 
 def example(dtype=torch.float32, seed=0, n=24):
@@ -25,7 +25,7 @@ def test_three_tasks_equal_a_plain_loop(make):
     parameters, importance, anchor = list(plain.parameters()), None, None
     for item in stream:
         task = item.task or "task"
-        for each in batches(item.train_source):
+        for each in batches_of(stream, item):
             loss = F.cross_entropy(plain(**each.inputs, task=task).logits, each.labels)
             if anchor is not None:
                 loss = loss + 10 * sum((f * (p - a).square()).sum() for f, p, a in zip(importance, parameters, anchor))

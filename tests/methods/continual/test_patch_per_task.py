@@ -80,7 +80,7 @@ def test_training_is_that_of_patch_and_head_on_the_own_classes():
     run(method, stream)
     plain = started["plain"]
     parameters = [*plain.patches["t1"].parameters(), *plain.heads["t1"].parameters()]
-    for each in batches(stream[1].train_source):
+    for each in batches(stream[1].train_source, stage=3):
         loss = F.cross_entropy(plain(**each.inputs, task="t1").logits, each.labels - 2)
         gradients = torch.autograd.grad(loss, parameters)
         with torch.no_grad():

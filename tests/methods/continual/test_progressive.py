@@ -11,7 +11,7 @@ from hubtransfer.data import TaskStream
 from hubtransfer.methods.continual.progressive import Progressive
 from hubtransfer.patches import ColumnPatch
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches, clone, run
+from tests.methods.steps import assert_same_parameters, batches_of, clone, run
 
 
 def example(dtype=torch.float32, seed=0, n=24):
@@ -61,7 +61,7 @@ def test_two_tasks_equal_a_plain_loop():
     parts = [[*plain.backbone.trunk.parameters(), *plain.heads["t0"].parameters()]]
     parts.append([*plain.patches["t1"].parameters(), *plain.heads["t1"].parameters()])
     for item, parameters in zip(stream, parts):
-        for each in batches(item.train_source):
+        for each in batches_of(stream, item):
             loss = F.cross_entropy(plain(**each.inputs, task=item.name).logits, each.labels)
             gradients = torch.autograd.grad(loss, parameters)
             with torch.no_grad():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hubtransfer.data import DataStream, SingleTask, TaskStream
 from hubtransfer.methods.continual.sequential import SequentialFineTune
 from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches, clone, run
+from tests.methods.steps import assert_same_parameters, batches_of, clone, run
 from tests.tiny import tiny_data
 
 
@@ -24,7 +24,7 @@ def test_tasks_in_turn_equal_a_plain_loop():
         for item in stream:
             head = plain.heads[item.task or "task"]
             parameters = [*plain.backbone.parameters(), *head.parameters()]
-            for each in batches(item.train_source):
+            for each in batches_of(stream, item):
                 loss = F.cross_entropy(head(plain.backbone.trunk(each.inputs["pixel_values"])), each.labels)
                 gradients = torch.autograd.grad(loss, parameters)
                 with torch.no_grad():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from hubtransfer.methods.continual.si import SI
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches, clone, run
+from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, run
 
 
 def example(dtype=torch.float32, seed=0, n=24):
@@ -21,7 +21,7 @@ def plain_loop(model, stream, head, *, strength, damping, steps=3, lr=0.05, keep
     anchor = [p.detach().clone() for p in parameters]
     for item in stream:
         path, start = [torch.zeros_like(p) for p in parameters], [p.detach().clone() for p in parameters]
-        for each in batches(item.train_source, steps=steps):
+        for each in batches_of(stream, item, steps=steps):
             logits = model.heads[head(item)](model.backbone.trunk(each.inputs["pixel_values"]))
             found = torch.autograd.grad(F.cross_entropy(logits, each.labels), parameters, allow_unused=True)
             gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]

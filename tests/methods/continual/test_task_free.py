@@ -9,7 +9,7 @@ from hubtransfer.functional.plateau import Plateau, plateau
 from hubtransfer.methods.continual.sequential import SequentialFineTune
 from hubtransfer.methods.continual.task_free import TaskFree
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches, clone, run
+from tests.methods.steps import assert_same_parameters, batches_of, clone, run
 from tests.tiny import tiny_data
 
 EASY = {"window": 2, "mean_below": 10.0, "variance_below": 10.0}  # every window is a plateau
@@ -39,7 +39,7 @@ def test_a_whole_run_equals_a_plain_loop():
     parameters = list(plain.parameters())
     x_hard, y_hard = torch.empty(0, 3, 8, 8, dtype=torch.float64), torch.empty(0, dtype=torch.long)
     window, said, omega, anchor, found = [], Plateau(False, True, 0.0, 0.0), None, None, 0
-    for each in (one for item in stream for one in batches(item.train_source)):
+    for each in (one for item in stream for one in batches_of(stream, item)):
         x, y = torch.cat([each.inputs["pixel_values"], x_hard]), torch.cat([each.labels, y_hard])
         for step in range(2):
             losses = F.cross_entropy(plain(pixel_values=x).logits, y, reduction="none")
