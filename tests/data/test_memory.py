@@ -6,6 +6,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hubtransfer.backbones.processor import ImageProcessor
 from hubtransfer.config import from_dict, to_dict
@@ -430,3 +432,37 @@ def test_examples_without_a_label_are_not_kept(config):
     none = judged(config, [0.0, 0.0])
     memory.add(numbered(6, 2, torch.tensor([-1, -100])), twice=torch.zeros(2).long(), **none)
     assert memory.seen == 3
+
+
+class Made(TorchDispatchMode):
+    """Notes the numbers of the largest tensor that is made while it is active; what is changed in place is not made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [each for each in tree_leaves((args, kwargs)) if torch.is_tensor(each)]
+        given = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, tensor.numel())
+        return found
+
+
+@pytest.mark.parametrize("kind", [Reservoir, Ring, Herding, ClassBalanced, GradientBased, Hardest])
+def test_adding_and_drawing_copy_no_column(kind):
+    """Rows of 10 numbers: the largest tensor is a batch of 16, not one number for each of 4,998 kept examples."""
+    memory, column = kind(4998).build(), {GradientBased: "score", Hardest: "loss"}.get(kind)
+
+    def add(count):
+        batch = Batch(inputs={"pixel_values": torch.rand(count, 10)}, labels=torch.arange(count) % 3)
+        memory.add(batch, **({} if column is None else {column: torch.rand(count)}))
+
+    add(4998)
+    memory.draw(16)
+    with Made() as made:
+        for _ in range(3):
+            add(16)
+            memory.draw(16)
+    assert len(memory) == 4998
+    assert 0 < made.largest <= 160
