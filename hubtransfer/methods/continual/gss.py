@@ -71,9 +71,10 @@ class GSS(ReplayMethod, name="gss", config=GSSConfig):
         model: The model, with a head for each of the stream's tasks (kind "task") or one head.
         task: Task of a stream that names none (default: the active one).
 
-    Differs from the paper: batch and replay make one step together, as in the code of dark experience replay. The
-    integer program starts from the memory as it is and ends where no exchange of two examples helps; the authors'
-    solver stops after 1000 nodes.
+    Differs from the paper: batch and replay make one step together, as in the code of dark experience replay. As
+    algorithm 2 is written every example is judged by itself; the published codes let a batch in as a whole, by its mean
+    gradient, and with large batches hardly ever do. The integer program starts from the memory as it is and ends where
+    no exchange of two examples helps; the authors' solver stops after 1000 nodes.
 
     Source: https://arxiv.org/abs/1903.08671, algorithms 1 (IQP) and 2 (greedy).
     """

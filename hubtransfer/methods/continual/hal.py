@@ -81,7 +81,8 @@ class HAL(ReplayMethod, name="hal", config=HALConfig):
         task: Task of a stream that names none (default: the active one).
 
     Differs from the paper: the squared distance is a mean over anchors and classes, as in the code of dark experience
-    replay, for which lambda was chosen; as in the paper and not there, its gradient goes through the look-ahead step.
+    replay, for which lambda was chosen; as in the paper and not there, its gradient goes through the look-ahead step,
+    and the memory is a ring of each task's last examples (that code asks for a ring but fills a reservoir).
 
     Source: https://arxiv.org/abs/2002.08165, algorithm 1.
     """
