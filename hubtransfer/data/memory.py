@@ -184,8 +184,7 @@ class Memory(nn.Module, ABC):
 
     def drop(self, slots: Tensor) -> None:
         """Forgets some slots; the others close up in order. Costs O(size)."""
-        stays = torch.ones(self.filled, dtype=torch.bool)
-        stays[slots] = False
+        stays = torch.ones(self.filled, dtype=torch.bool).index_fill_(0, slots, False)
         rows = stays.nonzero().flatten().to(self._place.device)
         for value in self._columns().values():
             value[: len(rows)] = value[rows]
@@ -365,8 +364,8 @@ def _labelled(labels: Tensor) -> tuple[np.ndarray, Callable[[Tensor], Tensor]]:
     """Which examples have a label, int64 (count,), and what selects them."""
     if labels.dim() > 1:
         return np.arange(len(labels)), _own
-    whole = not labels.is_floating_point() and labels.device.type == "cpu" and len(labels) > 0
-    if whole and int(labels.min()) >= 0:  # what most batches are, and told in one pass
+    on_cpu = not labels.is_floating_point() and labels.device.type == "cpu"
+    if on_cpu and len(labels) and int(labels.min()) >= 0:  # what most batches are, told in one pass
         return np.arange(len(labels)), _own
     known = (known_values if labels.is_floating_point() else known_classes)(labels)
     rows = known.nonzero().flatten().cpu().numpy()

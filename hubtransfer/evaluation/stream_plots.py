@@ -67,6 +67,7 @@ def retention(stream: Mapping[str, Any], path: Path) -> None:
         means = [values[row, : row + 1].mean() for row in range(rows)]
         axis.plot(np.arange(rows) + 1, means, color=GREY, linewidth=3, label="mean of the tasks so far")
         axis.set(title="What is retained", xlabel="tasks learned", ylabel="accuracy", ylim=(0, 1.02))
+        axis.locator_params(axis="x", integer=True)
         axis.legend(loc="lower left")
 
 

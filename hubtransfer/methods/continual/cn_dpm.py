@@ -80,15 +80,16 @@ class CNDPM(ExpertMixture, name="cn_dpm", config=CNDPMConfig):
     r"""A mixture that grows: each expert knows how likely an input is, and what its class is.
 
     .. math:: p(y | x) \propto \sum_k n_k\, p_k(x)\, p_k(y | x), \qquad
-       z(x, y) = \arg\max_k \begin{cases} n_k\, p_k(x)\, p_k(y | x)^{1 / \tau} & k = 1 \dots K \\
+       z(x, y) = \arg\max_k \begin{cases} n_k\, p_k(x)\, \tilde p_k(y | x) & k = 1 \dots K \\
        \alpha\, p_0(x) & \text{new} \end{cases}
 
-    with p_k(x) an expert's autoencoder (its evidence lower bound), p_k(y | x) its classifier, n_k how many examples it
-    has learned, and p_0 an autoencoder that never learned. Awake, an example that is new goes into a short-term memory;
-    any other one trains the experts, each by its share n_k p_k(x) p_k(y | x). Once the memory is full, it falls asleep:
-    a new expert learns from the memory, which is then emptied. What an expert is made of says `ExpertMixture`.
-    Boundaries are neither needed nor used: streams of kind "class" and "domain", a blurred one too; images or vectors
-    of one size.
+    with p_k(x) an expert's autoencoder (its evidence lower bound), p_k(y | x) its classifier, tilde p_k the
+    classifier at temperature tau (p_k^(1 / tau), made to sum to one over the classes), n_k how many examples it has
+    learned, and p_0 an autoencoder that never learned. Awake, an example that is new goes into a short-term memory;
+    any other one trains the experts, each by its share n_k p_k(x) tilde p_k(y | x). Once the memory is full, it falls
+    asleep: a new expert learns from the memory, which is then emptied. What an expert is made of says
+    `ExpertMixture`. Boundaries are neither needed nor used: streams of kind "class" and "domain", a blurred one too;
+    images or vectors of one size.
 
     Args:
         model: The model, with one head of classes; it gets the experts.
@@ -96,7 +97,7 @@ class CNDPM(ExpertMixture, name="cn_dpm", config=CNDPMConfig):
 
     Differs from the paper: whether to sleep is asked after each portion, so that the memory may hold more than its
     size; autoencoders do not share layers; optimisers start afresh with each portion; examples on their way into the
-    memory count for no expert (the authors' code counts them).
+    memory count for no expert (the authors' code counts them). The temperature is the authors' code's.
 
     Source: https://arxiv.org/abs/2001.00689, section 3; numbers of the authors' code.
     """

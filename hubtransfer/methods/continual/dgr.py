@@ -85,7 +85,7 @@ class DGR(ContinualMethod, name="dgr", config=DGRConfig):
         task: Task of a stream that names none (default: the active one).
 
     Differs from the paper: first the generator learns a task, then the solver; generators are perceptrons unless
-    they are given convolutions.
+    they are given convolutions; heads of earlier tasks stay as they are.
 
     Source: https://arxiv.org/abs/1705.08690, section 3.1, equation 1.
     """
