@@ -15,7 +15,7 @@ from hubtransfer.methods.penalty import MethodWithPenalties
 from hubtransfer.models import Teacher
 from hubtransfer.training import Checkpoints, Trainer
 from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches, changed, clone, run, settings, snapshot
+from tests.methods.steps import assert_same_parameters, batches, batches_of, changed, clone, run, settings, snapshot
 from tests.tiny import tiny_data, tiny_model
 
 
@@ -81,7 +81,7 @@ def loop(model, stream, *, replay=False, rule=lambda own, first: own, strength=0
     """Tasks in a row with the L2 penalty in straight lines."""
     parameters, anchor, kept = list(model.parameters()), None, None
     for item in stream:
-        for each in batches(item.train_source):
+        for each in batches_of(stream, item):
 
             def ce(b):
                 return F.cross_entropy(model.heads["task"](model.backbone.trunk(b.inputs["pixel_values"])), b.labels)

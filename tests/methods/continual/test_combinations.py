@@ -45,7 +45,7 @@ def seen_so_far(stream):
     """Steps of three tasks, each with the images and labels that a memory of everything has by then."""
     pixels, labels = [], []
     for number, item in enumerate(stream):
-        for each in batches(item.train_source):
+        for each in batches(item.train_source, stage=number):
             yield number, each, torch.cat([*pixels, each.inputs["pixel_values"]]), torch.cat([*labels, each.labels])
             pixels.append(each.inputs["pixel_values"])
             labels.append(each.labels)

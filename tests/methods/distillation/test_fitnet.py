@@ -50,8 +50,8 @@ def test_the_hint_reaches_the_guided_layer_and_no_further():
 
 def plain(method, scenario, student, match, teacher, losses):
     """Three steps of plain SGD on each loss in turn."""
-    for loss, parameters in losses:
-        for each in batches(scenario.train_source):
+    for number, (loss, parameters) in enumerate(losses):
+        for each in batches(scenario.train_source, stage=number):
             x = each.inputs["pixel_values"]
             output, maps = student(pixel_values=x, layers=["act1", "act2"]), teacher.backbone(x, ["act1", "act2"]).maps
             value = loss(output, maps, match, each.labels)

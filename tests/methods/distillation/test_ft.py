@@ -64,7 +64,7 @@ def test_both_stages_equal_a_plain_loop():
         maps = teacher.backbone(each.inputs["pixel_values"], layers).maps
         loss = sum((d[k](p[k](maps[name])) - maps[name]).pow(2).mean() for k, name in enumerate(layers))
         descend(loss, [*p.parameters(), *d.parameters()])
-    for each in batches(scenario.train_source):
+    for each in batches(scenario.train_source, stage=1):
         x = each.inputs["pixel_values"]
         output, maps = student(pixel_values=x, layers=layers), teacher.backbone(x, layers).maps
         loss = F.cross_entropy(output.logits, each.labels)

@@ -140,7 +140,9 @@ def test_static_starts_again_with_the_average_weights():
     torch.testing.assert_close(method.average, average)
     torch.testing.assert_close(method.weights, average)
     fixed = FixedWeights(fresh, weights=dict(zip(TASKS, average.tolist()))).double()
-    run(fixed, data, steps=3)
+    runtime, stage = begin(fixed, data)
+    for batch in batches(stage.data, 3, stage=1):
+        stage.updates[0].apply(batch, runtime)
     assert_same_parameters(method.model, fixed.model, 1e-7)  # the fixed weights were single precision
 
 
