@@ -247,6 +247,7 @@ class Loader:
         size = len(source.table)
         if not (self.shuffle and source.shuffle):
             return torch.arange(size)
+        # The first stage reads in the order of a loader that knows of no stages
         place = (name, epoch, turn, *([self.stage] if self.stage else []))
         generator = torch.Generator().manual_seed(seed_of(self.seed, "order", *place))
         return torch.randperm(size, generator=generator)
