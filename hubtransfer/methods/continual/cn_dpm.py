@@ -14,6 +14,7 @@ from hubtransfer.data.noise import Noise
 from hubtransfer.data.processes import everywhere, world
 from hubtransfer.data.seeds import seed_of
 from hubtransfer.data.table_views import Rows
+from hubtransfer.functional.missing import known_classes
 from hubtransfer.methods.expert_mixture import NEW, ExpertMixture, group_of
 from hubtransfer.methods.importance import need_classes
 from hubtransfer.methods.scholar import span_of
@@ -151,7 +152,8 @@ class CNDPM(ExpertMixture, name="cn_dpm", config=CNDPMConfig):
         source = item.train_source
         order = torch.arange(len(source.table))
         if source.shuffle:
-            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed_of("portions", item.name)))
+            seed = seed_of("portions", self.memory.seed, item.name)  # the memory has the run's
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
         for rows in order.split(self.portion):
             yield replace(source, dataset=Rows(source.table, rows), shuffle=False)
 
@@ -163,16 +165,19 @@ class CNDPM(ExpertMixture, name="cn_dpm", config=CNDPMConfig):
 
     @torch.no_grad()
     def judged(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Says which examples are new, bool (batch,), whose the others are, (batch, experts), and ln of the maximum."""
-        inputs, labels = batch.inputs["pixel_values"], self.labels(batch)
+        """Says which examples are new, bool (batch,), whose the others are, (batch, experts), and ln of the maximum.
+
+        Those without a label are nobody's.
+        """
+        inputs, (labels, known) = batch.inputs["pixel_values"], self.labelled(batch)
         new = self.config.log_alpha + self.density(NEW)(inputs)
         if not self.experts:
-            return torch.ones_like(labels, dtype=torch.bool), inputs.new_zeros(len(batch), 0), new
+            return known, inputs.new_zeros(len(batch), 0), new
         chilled = (self.answers(batch) / self.config.chill).log_softmax(2)
         joint = self.learned_by.log() + self.evidence(inputs)
         joint = joint + chilled.gather(2, labels[:, None, None].expand(-1, joint.shape[1], 1))[:, :, 0]
         is_new, best = new > joint.amax(1), torch.maximum(new, joint.amax(1))
-        return is_new, joint.softmax(1).masked_fill(is_new[:, None], 0).to(inputs), best
+        return is_new & known, joint.softmax(1).masked_fill((is_new | ~known)[:, None], 0).to(inputs), best
 
     @torch.no_grad()
     def place(self, batch: Batch) -> Terms:
@@ -184,7 +189,12 @@ class CNDPM(ExpertMixture, name="cn_dpm", config=CNDPMConfig):
         everyone = Batch({n: everywhere(v) for n, v in batch.inputs.items()}, everywhere(self.labels(batch)))
         if keep.any():
             self.memory.add(everyone.rows(keep), same=True)
-        return {"evidence": -best.mean()}
+        return {"evidence": -masked_mean(best, self.labelled(batch)[1])}
+
+    def labelled(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns labels, class 0 where there is none, and which there are, (batch,) both."""
+        known = known_classes(self.labels(batch))
+        return self.labels(batch).long().where(known, 0), known
 
     def learns(self, number: int, runtime: "Runtime") -> bool:
         """Whether an expert has a share worth a step."""
@@ -197,8 +207,9 @@ class CNDPM(ExpertMixture, name="cn_dpm", config=CNDPMConfig):
         noise = self.noise.normal(len(batch), self.config.samples, self.config.latent, like=inputs)
         bounds = self.density(f"{name} inputs")(inputs, noise)
         logits = self.model(**batch.inputs, task=name).logits
-        losses = F.cross_entropy(logits, self.labels(batch), reduction="none")
-        return {"inputs": -(shares * bounds).mean(), "labels": (shares * losses).mean()}
+        labels, known = self.labelled(batch)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return {"inputs": -masked_mean(shares * bounds, known), "labels": masked_mean(shares * losses, known)}
 
     def is_full(self) -> bool:
         """Whether it is time to sleep."""
@@ -230,3 +241,8 @@ class CNDPM(ExpertMixture, name="cn_dpm", config=CNDPMConfig):
         """Counts what the newest expert has learned, and empties the memory."""
         self.learned_by[-1] += len(self.memory)
         self.memory.drop(torch.arange(len(self.memory)))
+
+
+def masked_mean(values: Tensor, known: Tensor) -> Tensor:
+    """Returns the mean of the values that are known, a scalar; 0 of none."""
+    return values.where(known, 0).sum() / known.sum().clamp(min=1)

@@ -62,6 +62,51 @@ def test_an_example_goes_to_the_experts_or_into_the_memory():
     torch.testing.assert_close(method.learned_by, torch.tensor([3.0, 4.0], dtype=torch.float64) + shares.sum(0))
 
 
+@pytest.mark.parametrize("missing", [-1, -100])
+def test_examples_without_a_label_are_nobodys(missing):
+    (each,) = batches(domain_stream(1, dtype=torch.float64)[0].train_source, steps=1)
+    labels = each.labels.clone()
+    labels[[0, 3]] = missing
+    known = labels != missing
+    losses, kept, learned = [], [], []
+    for given in (each.replace(labels=labels), each.rows(known)):
+        method = grown(chill=0.1, log_alpha=0.0)
+        with torch.no_grad():  # half of the examples that have a label are new
+            margin = joint_by_hand(method, each.rows(known), 0.1).amax(1)
+            margin -= method.model.heads["new expert inputs"](each.rows(known).inputs["pixel_values"])
+        method = grown(chill=0.1, log_alpha=float(margin.median()) + 1e-6)
+        told = method.place(given)
+        method.noise.normal = lambda count, *shape, like: torch.zeros(count, *shape).to(like)
+        losses.append([told["evidence"], *method.share_loss(1, given).values()])
+        kept.append(method.memory.everything().labels)
+        learned.append(method.learned_by)
+    assert torch.equal(*kept)
+    torch.testing.assert_close(*learned)
+    for masked, left_out in zip(*losses):
+        torch.testing.assert_close(masked, left_out)
+
+
+def test_a_batch_without_labels_changes_nothing():
+    (each,) = batches(domain_stream(1, dtype=torch.float64)[0].train_source, steps=1)
+    method = grown()
+    nothing = each.replace(labels=torch.full_like(each.labels, -1))
+    assert method.place(nothing)["evidence"] == 0
+    assert len(method.memory) == 0 and method.learned_by.tolist() == [3, 4]
+    assert [value.item() for value in method.share_loss(0, nothing).values()] == [0, 0]
+
+
+def test_each_seed_reads_the_portions_in_an_order_of_its_own():
+    item = domain_stream(1, n=24)[0]
+
+    def order(seed):
+        method = CNDPM(tiny_model(3, kind="mlp"), **{**QUICK, "portion": 10})
+        method.memory.set_seed(seed)
+        return torch.cat([data.dataset.index for data in method.portions(item)]).tolist()
+
+    assert sorted(order(0)) == list(range(24)) == sorted(order(1))
+    assert order(0) == order(0) != order(1)
+
+
 def test_the_mixture_answers():
     (each,) = batches(domain_stream(1, dtype=torch.float64)[0].train_source, steps=1)
     method = grown()
