@@ -6,7 +6,6 @@ The text around the numbers is `card_template.md` beside this file (jinja2).
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -15,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from hubtransfer.evaluation.confidence import mean_interval
 from hubtransfer.models.card_metadata import base_model, metadata, patch_configs, title_of, unique
 
 MARKER = (
@@ -142,26 +142,6 @@ def render(
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Mean and half-width of Student's interval: ``t((1 + level) / 2, n - 1) * s / sqrt(n)``.
-
-    Examples:
-        >>> mean, half = interval([0.8, 0.9, 1.0])  # s = 0.1 and t(0.975, 2) = 4.30265
-        >>> round(mean, 6), round(half, 5)
-        (0.9, 0.24841)
-
-    Raises:
-        ValueError: Fewer than two values.
-    """
-    if len(values) < 2:
-        raise ValueError(f"an interval needs at least two values, got {len(values)}")
-    from scipy.special import stdtrit  # takes longer to import than most runs do to start
-
-    mean, n = fmean(values), len(values)
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))  # statistics.stdev stumbles over NaN
-    return mean, float(stdtrit(n - 1, (1 + level) / 2)) * spread / math.sqrt(n)
-
-
 # ---- parts of the text
 
 
@@ -250,8 +230,8 @@ def _result_row(row: Mapping[str, Any]) -> list[str]:
     values = row["values"]
     bounds = "one seed"
     if len(values) > 1:
-        mean, half = interval(values)
-        bounds = f"{_number(mean - half)} to {_number(mean + half)}"
+        sure = mean_interval(values)
+        bounds = f"{_number(sure.low)} to {_number(sure.high)}"
     about = [_cell(row.get(key) or "") for key in ("task", "dataset", "split", "metric")]
     return [*about, _number(fmean(values)), bounds, str(len(values)), _cell(_known(row.get("n")))]
 

@@ -53,6 +53,7 @@ def run_record(trainer: "Trainer", metrics: dict[str, float], seconds: float) ->
             }
         )
     trunk = sum(p.numel() for p in method.model.backbone.parameters())
+    changed = sum(p.numel() for name, p in method.model.named_parameters() if name in trainer.trained)
     history = trainer.history.record() if trainer.history is not None and trainer.history.rows else None
     return {
         "method": {
@@ -69,8 +70,8 @@ def run_record(trainer: "Trainer", metrics: dict[str, float], seconds: float) ->
         "parameters": {
             "trunk": trunk,
             "total": sum(p.numel() for p in method.model.parameters()),
-            "changed": trainer.trained,
-            "changed_percent": 100 * trainer.trained / max(1, trunk),
+            "changed": changed,
+            "changed_percent": 100 * changed / max(1, trunk),
         },
         **({"stream": history} if history is not None else {}),
         "steps": trainer.cursor.total,

@@ -36,7 +36,7 @@ class RunState:
             "identity": self._identity(),
             "tasks": list(method.model.tasks),
             "cursor": trainer.cursor.as_dict(),
-            "trained": trainer.trained,
+            "trained": sorted(trainer.trained),
             "history": trainer.history.as_dict() if trainer.history is not None else None,
             "growth": {"method": list(method.growth), "model": list(method.model.growth)},
             "method": sharding.method_state(method),
@@ -85,7 +85,7 @@ class RunState:
         method.to(trainer.runtime.device)
         method.load_state_dict(state["method"])
         trainer.cursor = Cursor(**state["cursor"])
-        trainer.trained = state["trained"]
+        trainer.trained = set(state["trained"])
         if trainer.history is not None and state["history"] is not None:
             trainer.history.load(state["history"])
         own = checkpoint.read_state(folder, f"process-{trainer.runtime.rank}")

@@ -80,7 +80,7 @@ class Trainer:
         check_scenario(method, scenario)
         self.runtime = Runtime(method, self.arguments)
         self.cursor = Cursor()
-        self.trained = 0
+        self.trained: set[str] = set()  # parameters that learn in some stage, by name
         self.loader: Loader | None = None
         self._evaluated: tuple[int, dict[str, float], Tables] | None = None
         self.folder = Path(self.arguments.output_dir)
@@ -139,8 +139,7 @@ class Trainer:
         loader = self.loader = self._loader(stage)
         per_epoch, total = self._length(stage, loader)
         self.runtime.begin(stage, total)
-        learning = sum(p.numel() for p in self.method.model.parameters() if p.requires_grad)
-        self.trained = max(self.trained, learning)
+        self.trained |= {name for name, p in self.method.model.named_parameters() if p.requires_grad}
         self.state.restore_stage()
         self._tell("on_stage_begin", stage, total)
         if self.history is not None:

@@ -217,11 +217,6 @@ def test_unknown_task() -> None:
         card.render(patched(), None, "fish", name="x")
 
 
-def test_interval_needs_two() -> None:
-    with pytest.raises(ValueError, match="at least two"):
-        card.interval([1.0])
-
-
 def test_template_is_linked_from_model_cards() -> None:
     root = Path(__file__).parents[2]
     link = root / "model_cards" / "template.md"

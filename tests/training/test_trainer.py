@@ -68,6 +68,23 @@ def test_a_learnable_task_is_learnt_and_everything_is_written(scenario, tmp_path
     assert sum("metrics" in row for row in rows) == 8
 
 
+def test_all_that_learned_in_some_stage_is_counted_even_by_a_resumed_run(scenario, tmp_path):
+    class InTurns(Plain):
+        def groups(self):
+            return {"trunk": self.model.backbone, "head": self.model.heads["task"]}
+
+        def stages(self, scenario):
+            for name in self.groups():
+                yield Stage(name, scenario.train_source, [Descend(self.loss, name)])
+
+    every = sum(p.numel() for p in make(InTurns).parameters())
+    _, result = run(make(InTurns), scenario, tmp_path, steps=2, save="stage")
+    assert result.record["parameters"]["changed"] == every
+    after_trunk = min((tmp_path / "checkpoints").glob("step-*"))
+    _, resumed = run(make(InTurns), scenario, tmp_path, resume=str(after_trunk), steps=2, save="stage")
+    assert resumed.record["parameters"]["changed"] == every
+
+
 def test_what_a_method_watches_stands_in_the_log_with_its_losses(scenario, tmp_path):
     class Watching(Plain):
         def watched(self):
