@@ -428,6 +428,9 @@ def test_a_headline_shows_what_it_says() -> None:
     assert everything == "accuracy: teacher: 0.993; limit 10: 0.500 ± 0.010; limit 20: 0.750 ± 0.010"
     chosen = tables._headline(document, {"metric": "accuracy", "wrong": True, "rows": {"data.limit": [20]}})
     assert chosen == "error in %: teacher: 0.69; limit 20: 25.00 ± 1.00"
+    tasks = [{"overrides": {}, "metric": f"{n}/accuracy", "mean": n / 8, "interval": None} for n in (4, 5)]
+    assert tables._headline({"summary": tasks}, {"metric": "5/accuracy"}) == "5/accuracy: 0.625"
+    assert tables._headline({"summary": tasks}, {"metric": "accuracy"}) == "accuracy: 4: 0.500; 5: 0.625"
     with pytest.raises(ValueError, match="unknown key 'metrics' in recipe.headline|did you mean 'metric'"):
         recipe.read(plain(headline={"metrics": "accuracy"}))
 

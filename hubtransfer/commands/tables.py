@@ -108,13 +108,15 @@ def _headline(document: dict[str, Any], headline: dict[str, Any]) -> str:
     teachers = [{**row, "metric": f"teacher/{row['metric']}"} for row in document.get("teachers", ())]
     known = [({"label": row.get("name"), **row["overrides"]}, row) for row in document["summary"]]
     rows = [row for changes, row in known if all(changes.get(k) in v for k, v in chosen.items())]
-    shown = [_figure(row, wrong) for row in teachers + rows if row["metric"].rpartition("/")[2] == headline["metric"]]
-    return f"{'error in %' if wrong else headline['metric']}: {'; '.join(shown)}"
+    wanted = headline["metric"]
+    told = [row for row in teachers + rows if wanted in (row["metric"], row["metric"].rpartition("/")[2])]
+    shown = [_figure(row, wanted, wrong) for row in told]
+    return f"{'error in %' if wrong else wanted}: {'; '.join(shown)}"
 
 
-def _figure(row: dict[str, Any], wrong: bool) -> str:
+def _figure(row: dict[str, Any], wanted: str, wrong: bool) -> str:
     changes = {path.rpartition(".")[2]: value for path, value in row["overrides"].items() if _is_plain(value)}
-    where = row["metric"].rpartition("/")[0]
+    where = row["metric"].removesuffix(wanted).removesuffix("/")
     named = [row["name"]] if "name" in row else [f"{name} {value}" for name, value in changes.items()]
     cell = ", ".join([*named, *([where] if where else [])])
     factor, digits = (100, 2) if wrong else (1, 3)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hubtransfer.evaluation.confidence import mean_interval
+from hubtransfer.evaluation.stream_metrics import accuracy_table
 
 SHARES = ("accuracy", "f1", "precision", "recall", "iou", "match", "ece")
 """Endings of metrics that are shown as percentages."""
@@ -157,15 +158,7 @@ def _stream(record: Mapping[str, Any]) -> Section | None:
     stream = record.get("stream")
     if not stream:
         return None
-    rows = [
-        (str(after), *(f"{100 * value:.1f}" for value in values), f"{seconds:.1f}", f"{kept / 2**20:.2f}")
-        for after, values, seconds, kept in zip(
-            stream["after"], stream["accuracy"], stream["seconds"], stream["bytes"], strict=True
-        )
-    ]
-    if stream.get("baseline"):
-        rows.insert(0, ("(before)", *(f"{100 * value:.1f}" for value in stream["baseline"]), "", ""))
-    columns = ("after", *map(str, stream["tasks"]), "seconds", "MiB kept")
+    columns, rows = accuracy_table(stream)
     return Section("Accuracy (%) on each task after each task", columns, tuple(rows))
 
 

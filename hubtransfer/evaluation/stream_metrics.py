@@ -137,6 +137,27 @@ def stream_metrics(matrix: Matrix, baseline: Sequence[float] | None = None) -> d
     return found
 
 
+def accuracy_table(stream: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Returns heads and rows of R in per cent, with what each task cost; b, where it was measured, comes first.
+
+    Args:
+        stream: What a record holds of one: ``tasks``, ``after``, ``accuracy``, ``seconds``, ``bytes`` and ``baseline``.
+    """
+    rows = [
+        (str(after), *_per_cent(values), f"{seconds:.1f}", f"{kept / 2**20:.2f}")
+        for after, values, seconds, kept in zip(
+            stream["after"], stream["accuracy"], stream["seconds"], stream["bytes"], strict=True
+        )
+    ]
+    if stream.get("baseline"):
+        rows.insert(0, ("(before)", *_per_cent(stream["baseline"]), "", ""))
+    return ("after", *map(str, stream["tasks"]), "seconds", "MiB kept"), rows
+
+
+def _per_cent(values: Sequence[float]) -> tuple[str, ...]:
+    return tuple(f"{100 * value:.1f}" for value in values)
+
+
 def _several(matrix: Matrix) -> int:
     """Position of the last row, at least the second."""
     if len(matrix) < 2:

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 
 from hubtransfer.evaluation.confidence import mean_interval
+from hubtransfer.evaluation.stream_metrics import accuracy_table
 from hubtransfer.models.card_metadata import base_model, metadata, patch_configs, title_of, unique
 
 MARKER = (
@@ -132,6 +133,7 @@ def render(
         ],
         result_rows=[_result_row(row) for row in results],
         interval_note=_interval_note(results),
+        stream=_stream(known),
         plots=[{"path": p, "title": PurePosixPath(p).stem.replace("_", " ")} for p in known.get("plots", ())],
         command=known.get("command"),
         seeds=known.get("seeds") or [],
@@ -234,6 +236,14 @@ def _result_row(row: Mapping[str, Any]) -> list[str]:
         bounds = f"{_number(sure.low)} to {_number(sure.high)}"
     about = [_cell(row.get(key) or "") for key in ("task", "dataset", "split", "metric")]
     return [*about, _number(fmean(values)), bounds, str(len(values)), _cell(_known(row.get("n")))]
+
+
+def _stream(known: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | None:
+    """Heads and rows of what a stream of tasks left after each of them."""
+    if not known.get("stream"):
+        return None
+    heads, rows = accuracy_table(known["stream"])
+    return [_cell(head) for head in heads], [[_cell(value) for value in row] for row in rows]
 
 
 def _interval_note(results: Sequence[Mapping[str, Any]]) -> str:

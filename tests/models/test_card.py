@@ -212,6 +212,22 @@ def test_a_patch_card_shows_its_own_task_alone() -> None:
     assert "| fish | fish |" in text and "birds" not in text
 
 
+def test_a_stream_of_tasks_shows_its_matrix_and_what_each_task_cost() -> None:
+    stream = {
+        "tasks": ["zeros", "a|b"],
+        "after": ["zeros", "a|b"],
+        "accuracy": [[0.9, 0.25], [0.5, 0.8125]],
+        "baseline": [0.5, 0.5],
+        "seconds": [1.25, 2.0],
+        "bytes": [0, 3 * 2**19],
+    }
+    text = card.render(patched(), RUN | {"stream": stream}, name="birds")
+    assert "| after | zeros | a\\|b | seconds | MiB kept |" in text
+    assert "| (before) | 50.0 | 50.0 |  |  |" in text
+    assert "| zeros | 90.0 | 25.0 | 1.2 | 0.00 |" in text and "| a\\|b | 50.0 | 81.2 | 2.0 | 1.50 |" in text
+    assert "Along the stream" not in card.render(patched(), RUN, name="birds")
+
+
 def test_unknown_task() -> None:
     with pytest.raises(ValueError, match=r"no task 'fish'.*\['birds'\]"):
         card.render(patched(), None, "fish", name="x")
