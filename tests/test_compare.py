@@ -90,6 +90,17 @@ def test_what_is_retained_by_tasks_learned(tmp_path: Path) -> None:
     assert text.index("| [b](b.yaml) |  |  | **80.0** |") < text.index("[a](a.yaml)")  # the best at the end first
     cli_run(path)
     assert path.with_suffix(".png").stat().st_size > 5_000
+    path.write_text(MARKS.format("{recipes: a b a, learned: [1, 2, 3], first: 2}"))
+    text = compare.render(path)
+    assert "Accuracy in % on the first 2 tasks, mean" in text
+    assert "| [a](a.yaml) | **90.0** | **70.0** | 30.0 |" in text and "| [b](b.yaml) |  |  | **80.0** |" in text
+    path.write_text(MARKS.format("{recipes: a c, learned: [1]}"))
+    with pytest.raises(ValueError, match=r"no results files c\.results\.json: run those recipes first"):
+        compare.render(path)
+    for wrong in ("{recipes: a, learned: [1], first: 0}", "{recipes: a, first: 1}"):
+        path.write_text(MARKS.format(wrong))
+        with pytest.raises(ValueError, match="first must be at least 1 and stand beside learned"):
+            compare.render(path)
 
 
 def test_a_document_may_hold_several_tables_and_one_picture(document: Path) -> None:

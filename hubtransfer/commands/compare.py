@@ -28,10 +28,11 @@ class Comparison:
     """What a table of a document compares.
 
     Attributes:
-        recipes: pattern of recipes' names; their results files lie in the document's folder.
+        recipes: patterns of recipes' names, spaces between; their results files lie in the document's folder.
         columns: path of the grid whose values are the columns; none: the tasks are.
         learned: the columns are these numbers of tasks that a stream has taught by then, and the number is the mean
             accuracy on them: what is retained. In place of `columns`.
+        first: the mean is that of this many first tasks alone, of those `learned`; none: of all.
         metric: which number; "transfer_score" is that of a task learned after another (`transfer_scores`), by task.
         also: metrics of tasks that do not have that one, by task; only where the tasks are the columns.
         parameters: whether a column shows how many parameters the model has, all tasks together, mean over seeds.
@@ -43,12 +44,22 @@ class Comparison:
     recipes: str
     columns: str | None = None
     learned: tuple[int, ...] = ()
+    first: int | None = None
     metric: str = "accuracy"
     also: Mapping[str, str] = field(default_factory=dict)
     parameters: bool = False
     percent: bool = True
     differences: tuple[tuple[str, str], ...] = ()
     picture: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks the first tasks.
+
+        Raises:
+            ValueError: naming the field and what it may be.
+        """
+        if self.first is not None and (self.first < 1 or not self.learned):
+            raise ValueError(f"first must be at least 1 and stand beside learned, got {self.first}")
 
     @property
     def across(self) -> str:
@@ -115,9 +126,12 @@ def _wanted(text: str, where: str) -> list[Comparison]:
 
 
 def _documents(folder: Path, wanted: Comparison) -> list[dict[str, Any]]:
-    files = sorted(folder.glob(f"{wanted.recipes}.results.json"))
-    if not files:
-        raise ValueError(f"{folder} has no results files {wanted.recipes}.results.json: run those recipes first")
+    files = []
+    for pattern in wanted.recipes.split():
+        found = sorted(folder.glob(f"{pattern}.results.json"))
+        if not found:
+            raise ValueError(f"{folder} has no results files {pattern}.results.json: run those recipes first")
+        files += [file for file in found if file not in files]
     return [{**json.loads(file.read_text(encoding="utf-8")), "cells": _cells(file)} for file in files]
 
 
@@ -161,10 +175,11 @@ def _rows(folder: Path, wanted: Comparison) -> list[Row]:
 
 
 def _retained(cell: Mapping[str, Any], wanted: Comparison) -> dict[Any, float]:
-    """Mean accuracy on the tasks so far, by how many they are; of joint training, on all of them."""
+    """Mean accuracy on the tasks so far, or the first of them, by how many they are; of joint training, on all."""
     rows = (cell.get("stream") or {}).get("accuracy", [])
     after = {len(rows[0]): rows[0]} if len(rows) == 1 else dict(enumerate(rows, start=1))
-    return {count: math.fsum(after[count][:count]) / count for count in wanted.learned if count in after}
+    asked = {count: after[count][: min(count, wanted.first or count)] for count in wanted.learned if count in after}
+    return {count: math.fsum(values) / len(values) for count, values in asked.items()}
 
 
 def _columns(changes: dict[str, Any], numbers: Mapping[str, float], wanted: Comparison) -> dict[Any, float]:
@@ -189,9 +204,11 @@ def _table(rows: list[Row], wanted: Comparison) -> str:
     best = {c: max(row.mean(c) for row in rows) for c in columns}
     seeds = sorted({len(values) for row in rows for values in row.cells.values()})
     many = "-".join(map(str, sorted({seeds[0], seeds[-1]})))
-    what = wanted.metric.replace("_", " ").capitalize()
+    what = wanted.metric.replace("_", " ").capitalize() + (" in %" if wanted.percent else "")
+    if wanted.first is not None:
+        what += " on the first task" if wanted.first == 1 else f" on the first {wanted.first} tasks"
     lines = [
-        f"{what}{' in %' if wanted.percent else ''}, mean over {many} seeds ± half of the 95 % "
+        f"{what}, mean over {many} seeds ± half of the 95 % "
         f"interval, by `{wanted.across}`; the best of a column is bold.",
         "",
         f"| recipe | {' | '.join([*map(str, columns), *(['parameters'] if wanted.parameters else [])])} |",
