@@ -315,7 +315,7 @@ def test_an_alternative_may_have_a_name(tmp_path: Path) -> None:
     (record,) = experiment.run(path, say=lambda line: None)
     summary = json.loads((tmp_path / "try.results.json").read_text())["summary"]
     assert record["name"] == "probe" and all(row["name"] == "probe" for row in summary)
-    assert tables._figure(summary[0], wrong=False).startswith("probe: ")
+    assert tables._figure(summary[0], "accuracy", wrong=False).startswith("probe: ")
     shown = {label: tables._headline({"summary": summary}, {"metric": "accuracy", "rows": {"label": [label]}})
              for label in ("probe", "all")}  # fmt: skip
     assert shown["probe"].startswith("accuracy: probe: ") and shown["all"] == "accuracy: "
