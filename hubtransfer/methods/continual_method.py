@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ContinualMethod(Method, scenario=TaskStream):
-    """Learns the tasks of a stream in order: one stage a task, with a say before a task, after each step, after a task.
+    """Learns the tasks of a stream in order: one stage a task, with a say before it, after each batch and after it.
 
     In a stream of kind "task" each item trains the trunk and the head of its own name; in the other kinds all items
     train the one head. Heads of other tasks are in no optimiser, so that neither momentum nor decay moves them.
@@ -91,7 +91,7 @@ class ContinualMethod(Method, scenario=TaskStream):
         """Called before the optimisers for an item of the stream are made: grow, copy, measure."""
 
     def after_step(self, batch: Batch) -> None:
-        """Called after each step: fill a memory, count."""
+        """Called once for each batch, after the last step on it (a method may take several): fill a memory, count."""
 
     def after_task(self, item: Any, runtime: "Runtime") -> None:
         """Called after the last step on an item of the stream."""

@@ -84,13 +84,18 @@ class SI(QuadraticPenalty, name="si", config=SIConfig):
 
     @torch.no_grad()
     def observe(self, gradients: Mapping[Tensor, Tensor]) -> None:
-        """Notes each parameter and its gradient before a step."""
+        """Notes each parameter and its gradient before a step; a method may take several on a batch."""
+        self.settle()
         learned = {name: p for name, p in self.model.named_parameters() if p in gradients}
         self._step = {name: (p.detach().clone(), gradients[p]) for name, p in learned.items()}
 
-    @torch.no_grad()
     def after_step(self, batch: Batch) -> None:
-        """Adds what each parameter's move did to the loss, to first order."""
+        """Closes the last step on a batch."""
+        self.settle()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Adds what each parameter's move in the noted step did to the loss, to first order."""
         values = dict(self.model.named_parameters())
         for name, (before, gradient) in self._step.items():
             self.path.like(name, before).addcmul_(gradient, values[name] - before, value=-1)

@@ -1,10 +1,13 @@
 """SI: a quadratic by hand, whole tasks re-derived with the gradient without the penalty, the sum rule of the path."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from hubtransfer.methods.continual.si import SI
+from hubtransfer.methods.continual.task_free import TaskFree
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
 from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, run
 
@@ -70,6 +73,26 @@ def test_paths_add_up_to_the_fall_of_the_loss():
     paths = sum(w.sum() for w in method.path.tensors().values()).item()
     assert fall > 0.1
     assert paths == pytest.approx(fall, rel=0.01)
+
+
+def test_every_step_counts_where_a_method_takes_several_on_a_batch():
+    """SGD at rate a without a penalty moves by -a g: each of the 9 steps adds g * a g = move^2 / a to a path."""
+    stream = domain_stream(1, dtype=torch.float64)
+    method = TaskFree(model_for(stream, dtype=torch.float64), gradient_steps=3)
+    parameters, seen = dict(method.model.named_parameters()), []
+
+    def loss(batch, plain=method.loss):
+        seen.append({name: p.detach().clone() for name, p in parameters.items()})
+        return plain(batch)
+
+    method.loss = loss
+    both = method + SI(method.model)
+    run(both, stream)
+    assert len(seen) == 9
+    seen.append(parameters)
+    for name, path in both.parts[0].path.tensors().items():
+        expected = sum((after[name].detach() - before[name]) ** 2 / 0.05 for before, after in pairwise(seen))
+        torch.testing.assert_close(path, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_momentum_and_other_optimisers_count_the_true_move():
