@@ -38,6 +38,23 @@ def assert_same(one, two, what=""):
     assert not different, f"{what}: {different}"
 
 
+def begun(method, scenario, folder):
+    """Yields each stage that is not skipped as it has begun, with the runtime and the batches, then ends it."""
+    trainer = Trainer(method, scenario, arguments(method.name, folder))
+    runtime: Runtime = trainer.runtime
+    for stage in method.stages(scenario):
+        if stage.when is not None and not stage.when():
+            continue
+        if stage.enter is not None:
+            stage.enter(runtime)
+        runtime.begin(stage, 4)
+        runtime.set_step(0)
+        yield stage, runtime, trainer._loader(stage).batches(0)
+        runtime.end()
+        if stage.exit is not None:
+            stage.exit(runtime)
+
+
 @every_method
 def test_config_survives_yaml(name, tmp_path):
     cls = cls_of(name)
@@ -70,16 +87,7 @@ def test_stages_is_pure(name):
 @every_method
 def test_each_update_changes_only_its_group(name, tmp_path):
     method, scenario = example(name)
-    trainer = Trainer(method, scenario, arguments(name, tmp_path))
-    runtime: Runtime = trainer.runtime
-    for stage in method.stages(scenario):
-        if stage.when is not None and not stage.when():
-            continue
-        if stage.enter is not None:
-            stage.enter(runtime)
-        runtime.begin(stage, 4)
-        runtime.set_step(0)
-        batches = trainer._loader(stage).batches(0)
+    for stage, runtime, batches in begun(method, scenario, tmp_path):
         for update in stage.updates:
             batch = next(batches)
             allowed = {id(p) for group in update.groups() for p in runtime.params(group)}
@@ -94,9 +102,6 @@ def test_each_update_changes_only_its_group(name, tmp_path):
             when = getattr(update, "when", None)
             assert changed or when is not None, f"{stage.name}: an update of {update.groups()} changed nothing"
             assert all(p.grad is None for p in method.parameters())
-        runtime.end()
-        if stage.exit is not None:
-            stage.exit(runtime)
 
 
 @every_method
@@ -217,16 +222,17 @@ def test_the_docstring_reads_like_a_paper(name):
 @every_method
 def test_the_teacher_and_other_frozen_networks_are_never_in_training_mode(name, tmp_path):
     method, scenario = example(name)
-    trainer = Trainer(method, scenario, arguments(name, tmp_path))
-    for stage in method.stages(scenario):
-        if stage.enter is not None:
-            stage.enter(trainer.runtime)
-        trainer.runtime.begin(stage, 1)
+
+    def check(when):
         for path, module in method.named_modules():
             own = [p.requires_grad for p in module.parameters(recurse=False)]
-            assert not (own and not any(own) and module.training), f"{stage.name}: {path} is frozen and trains"
-        trainer.runtime.end()
-        break
+            assert not (own and not any(own) and module.training), f"{when}: {path} is frozen and trains"
+
+    for stage, runtime, batches in begun(method, scenario, tmp_path):
+        check(f"as {stage.name} begins")
+        for update in stage.updates:
+            update.apply(next(batches), runtime)
+        check(f"in {stage.name}")
 
 
 def test_no_file_outside_methods_names_a_method():

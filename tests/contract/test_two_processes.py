@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from hubtransfer.data import Loader
 from tests.contract.methods import BY_EXAMPLE
-from tests.contract.two_processes import MULTI_TASK, run, some_labels
+from tests.contract.two_processes import MULTI_TASK, REMEMBERING, run, some_labels
 
 TOYS = [f"toy_{name}" for name in ("Plain", "Explicit", "Ranked", "TwoPlayers", "LookAhead", "Growing")]
 
@@ -41,6 +41,22 @@ def test_two_processes_equal_one(name, folders):
     assert one.keys() == two.keys()
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_both_processes_remember_what_one_would(name, folders):
+    """After each addition: inputs, labels, tasks, slots and counts to the bit; what networks said of them nearly."""
+    alone = load_file(folders[0] / f"{name} remembers 0.safetensors")
+    one, two = (load_file(folders[1] / f"{name} remembers {rank}.safetensors") for rank in (0, 1))
+    assert one.keys() == two.keys() == alone.keys()
+    assert {key.partition(".")[2] for key in alone} >= {"facts", "labels", "task", "input_pixel_values"}
+    for key in alone:
+        assert torch.equal(one[key], two[key]), key
+        if ".kept_" in key:
+            torch.testing.assert_close(one[key], alone[key], rtol=0, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+        else:
+            assert torch.equal(one[key], alone[key]), key
+    assert any(filled > 0 for key in alone if key.endswith(".facts") for filled in alone[key][3:4])
 
 
 def test_labels_really_are_uneven():

@@ -2,11 +2,13 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
+from hubtransfer.data.memory import Memory
 from hubtransfer.training import Trainer, TrainingArguments
 from tests.contract.methods import BY_EXAMPLE, cls_of, example, settings
 from tests.methods.multitask.tasks import model_with, shared_data, two_headed
@@ -67,8 +69,31 @@ def tensors(method: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone().contiguous() for name, value in named}
 
 
+def memories(method: nn.Module) -> list[Memory]:
+    """Returns the memories of examples that a method has."""
+    return [module for module in method.modules() if isinstance(module, Memory)]
+
+
+REMEMBERING = [name for name in BY_EXAMPLE if memories(example(name)[0])]
+
+
+def noted(method: nn.Module) -> dict[str, torch.Tensor]:
+    """Has a method's memory, if any, note its whole state after each addition, as `<number>.<what>`."""
+    states: dict[str, torch.Tensor] = {}
+    for memory in memories(method):
+
+        def add(*batch: Any, add: Any = memory.add, memory: Memory = memory, **kept: Any) -> None:
+            add(*batch, **kept)
+            number = sum(key.endswith(".facts") for key in states)
+            for key, value in memory.state_dict().items():
+                states[f"{number}.{key}"] = value.detach().clone().contiguous()
+
+        memory.add = add  # type: ignore[method-assign]
+    return states
+
+
 def run(folder: Path, batch_size: int) -> None:
-    """Trains every method and toy and writes its final state as `<name>.safetensors`."""
+    """Trains every method and toy; writes its final state as `<name>.safetensors`, and what each process remembers."""
     from hubtransfer.data import SingleTask, TaskStream
 
     torch.set_num_threads(1)
@@ -82,8 +107,10 @@ def run(folder: Path, batch_size: int) -> None:
     for name, (method, scenario) in cases.items():
         method.double()
         options = settings(name, folder / "runs" / name, batch_size=batch_size, steps=4, lr=0.02)
-        trainer = Trainer(method, scenario, TrainingArguments(**options))
+        trainer, states = Trainer(method, scenario, TrainingArguments(**options)), noted(method)
         trainer.train()
+        if states:
+            save_file(states, folder / f"{name} remembers {trainer.runtime.rank}.safetensors")
         if trainer.runtime.is_main:
             save_file(tensors(method), folder / f"{name}.safetensors")
             (folder / "world").write_text(str(trainer.runtime.world))

@@ -212,7 +212,7 @@ def test_draws_are_without_replacement_and_follow_one_another():
     for _ in range(1000):
         draws[memory.draw(3).slots.numpy()] += 1
     assert np.abs(draws - 500).max() < 80
-    assert not torch.equal(first.slots.sort().values, second.slots.sort().values) or memory.draws > 1
+    assert not torch.equal(first.slots.sort().values, second.slots.sort().values)
 
 
 def test_a_memory_smaller_than_a_batch_gives_all_it_has_and_an_empty_one_nothing():
@@ -363,7 +363,7 @@ def test_rows_of_a_replay_take_everything_along():
 
 
 @pytest.mark.parametrize("size", [0, -1, True, 2.5])
-@pytest.mark.parametrize("kind", [Reservoir, Ring, Herding, ClassBalanced, GradientBased])
+@pytest.mark.parametrize("kind", [Reservoir, Ring, Herding, ClassBalanced, GradientBased, Hardest])
 def test_a_memory_without_room_is_refused(kind, size):
     with pytest.raises(ValueError, match=f"{kind.__name__} needs room for at least one example"):
         kind(size)

@@ -80,6 +80,23 @@ def streamed(data):
     return rows
 
 
+NEED_ENDS = {
+    "cn_dpm": "reads data set 't0' in portions, which needs data of known length",
+    "den": "has to look at all of data set 't0', but it has no end",
+    "dgr": "has to look at all of data set 't0', but it has no end",
+    "ewc": "data set 't0' has no end; say on how many samples",
+    "icarl": "which classes data set 't0' has, but its labels cannot be read beforehand",
+    "joint": "data set 't0' is a stream: .* cannot be indexed",
+    "lwf": "which classes data set 't0' has, but its labels cannot be read beforehand",
+    "mas": "data set 't0' has no end; say on how many samples",
+    "online_ewc": "data set 't0' has no end; say on how many samples",
+}
+"""Strategies that need more than a stream of examples, and the reason that they give: all others learn from one."""
+
+WITH_STAGES_AFTER = {"patch_per_task"}
+"""Strategies whose own further stages do what others do after a task."""
+
+
 @pytest.mark.parametrize("name", CONTINUAL)
 def test_tasks_that_end_before_their_steps_are_finished_all_the_same(name, caplog):
     """Examples without a known end: what follows a task follows when they end, or what is needed is said at once."""
@@ -87,16 +104,15 @@ def test_tasks_that_end_before_their_steps_are_finished_all_the_same(name, caplo
     items = [replace(item, train=streamed(item.train), evaluation=None) for item in stream]
     before, finished, after_task = snapshot(method), [], method.after_task
     method.after_task = lambda item, runtime: (finished.append(item.name), after_task(item, runtime))
-    try:
-        run(method, TaskStream(items, kind=stream.kind), steps=50)
-    except (TypeError, ValueError) as error:
-        needs = "has no end|known length|cannot be read beforehand|cannot be indexed"
-        assert re.search(rf"data set 't\d'.*({needs})", str(error))
+    if name in NEED_ENDS:
+        with pytest.raises((TypeError, ValueError), match=NEED_ENDS[name]):
+            run(method, TaskStream(items, kind=stream.kind), steps=50)
         assert not changed(before, method)
         return
+    run(method, TaskStream(items, kind=stream.kind), steps=50)
     assert re.search(r"the stream ended after \d of 50 steps", caplog.text)
     assert method.number == len(items) - 1
-    assert finished in ([item.name for item in items], [])  # nothing where a strategy's own stages do what follows
+    assert finished == ([] if name in WITH_STAGES_AFTER else [item.name for item in items])
 
 
 @pytest.mark.parametrize("name", ["ewc", "online_ewc", "mas"])

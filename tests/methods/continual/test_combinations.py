@@ -27,6 +27,34 @@ from tests.tiny import tiny_model
 
 CONTINUAL = [name for name in NAMES if ".continual." in cls_of(name).__module__]
 
+REFUSED = {
+    "penalty": {
+        "cn_dpm": "stage 't0/0 asleep, inputs' may be skipped",
+        "den": "stage 't1/expand' may be skipped",
+        "fdr": "makes 2 updates a batch",
+        "hal": "TrialStep",
+        "joint": "the stage belongs to no task of the stream",
+        "ncm": "nothing is trained by gradients there",
+        "patch_per_task": "of earlier tasks nothing moves",
+        "ranpac": "nothing is trained by gradients there",
+    },
+    "teacher": {
+        "a_gem": "AGEMProjection weighs the gradients of its terms",
+        "cn_dpm": "Accumulate; terms join a single `Descend`",
+        "den": "it trains head, not the group 'model'",
+        "dgr": "it trains generator, not the group 'model'",
+        "fdr": "makes 2 updates a batch",
+        "gem": "GEMProjection weighs the gradients of its terms",
+        "hal": "TrialStep",
+        "lwf": "stage 't1/warm-up': .* it trains head, not the group 'model'",
+        "ncm": "Accumulate; terms join a single `Descend`",
+        "patch_per_task": "new head has classes of its own, which no teacher shares",
+        "ranpac": "Accumulate; terms join a single `Descend`",
+        "si": "Beside",
+    },
+}
+"""Strategies that take no further terms, and the reason that they give: all others do."""
+
 
 def noted(memory):
     """Has a memory note the slots that it draws."""
@@ -135,6 +163,7 @@ def test_a_patch_a_task_with_old_answers_kept_cut_anywhere_resumes_with_the_same
 @pytest.mark.parametrize("name", CONTINUAL)
 def test_every_strategy_takes_terms_or_says_why_not_from_either_side(name, other):
     """What is refused names the strategy and the reason, before a step was made; the order changes nothing."""
+    refused = REFUSED[other].get(name)
     outcomes = []
     for turned in (False, True):
         method, stream = example(name)
@@ -144,14 +173,14 @@ def test_every_strategy_takes_terms_or_says_why_not_from_either_side(name, other
         else:
             term = KD(model, Teacher(clone(model).eval(), task=method.task), task=method.task)
         before = clone(model).state_dict()
-        try:
-            both = term + method if turned else method + term
-            list(both.stages(stream))
-        except (TypeError, ValueError) as error:
-            assert re.search(rf"{type(method).__name__}\b.*(cannot be added|has no place)", str(error)), str(error)
+        if refused is not None:
+            with pytest.raises((TypeError, ValueError), match=f"{type(method).__name__}\\b.*cannot be added") as error:
+                list((term + method if turned else method + term).stages(stream))
+            assert re.search(refused, str(error.value))
             assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-            outcomes.append(str(error))
+            outcomes.append(str(error.value))
         else:
+            both = term + method if turned else method + term
             run(both, stream, steps=1)
             outcomes.append({part.strip() for part in both.name.split("+")})
     assert outcomes[0] == outcomes[1]
