@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -306,3 +307,13 @@ class _Fetch:
         if loader.mixing is not None and loader.mixing.batches == "mixed":
             batch = batch.replace(share=len(index) / loader.batch_size)
         return self.augment(batch, self.epoch, step, loader.global_batch, offset)
+
+
+def in_groups(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Yields batches by so many; the last group may be smaller."""
+    if size == 1:
+        for batch in batches:
+            yield [batch]
+        return
+    while group := list(islice(batches, size)):
+        yield group

@@ -10,7 +10,7 @@ from torch import Tensor
 from hubtransfer.config import unknown_name
 from hubtransfer.data import Batch, Replay, TaskStream
 from hubtransfer.methods.method import Method
-from hubtransfer.methods.stage import Stage
+from hubtransfer.methods.stage import Hook, Stage
 from hubtransfer.methods.update import Descend, Terms
 from hubtransfer.models import TransferModel
 
@@ -96,6 +96,14 @@ class ContinualMethod(Method, scenario=TaskStream):
     def after_task(self, item: Any, runtime: "Runtime") -> None:
         """Called after the last step on an item of the stream."""
 
+    def ending(self, item: Any) -> Hook | None:
+        """Returns what the last stage on an item runs at its end.
+
+        None where `after_task` does nothing: then what was measured at the last step still holds.
+        """
+        idle = getattr(self.after_task, "__func__", None) is ContinualMethod.after_task
+        return None if idle else partial(self.after_task, item)
+
     def updates(self) -> list[Any]:
         """Returns what happens on each batch: by default one step on `loss`."""
         return [Descend(self.loss, after=self.after_step)]
@@ -107,7 +115,7 @@ class ContinualMethod(Method, scenario=TaskStream):
             ValueError: if an item belongs to a task that the model does not have.
         """
         for item in self.checked(scenario):
-            begin, end = partial(self.begin, item), partial(self.after_task, item)
+            begin, end = partial(self.begin, item), self.ending(item)
             yield Stage(item.name, item.train_source, self.updates(), enter=begin, exit=end)
 
     def begin(self, item: Any, runtime: "Runtime") -> None:

@@ -198,10 +198,6 @@ def with_penalties(
         for part in parts:
             part.begin(item, runtime)
 
-    def leave(runtime: "Runtime") -> None:
-        for part in parts:
-            part.after_task(item, runtime)
-
     own = [
         replace(stage, name=f"{item.name}/{stage.name}") for part in parts for stage in part.stages_before(item, number)
     ]
@@ -210,7 +206,8 @@ def with_penalties(
     if own:
         own[0] = replace(own[0], enter=_after(begin, own[0].enter))
     both = [*own, replace(first, enter=None if own else begin), *others]
-    both[-1] = replace(both[-1], exit=_after(both[-1].exit, leave))
+    for part in parts:
+        both[-1] = replace(both[-1], exit=_after(both[-1].exit, part.ending(item)))
     yield from both
 
 

@@ -60,6 +60,8 @@ class Stage:
         exit: Runs after the last batch.
         when: Asked before `enter`; a false answer skips the stage.
         optimizers: The method's own choice for a group; the user's `groups` argument goes before it.
+        measured: Whether the task's metrics tell how far the stage is. Where it learns something else, such as a
+            generator, early stopping leaves it alone.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Stage:
     exit: Hook | None = None
     when: Callable[[], bool] | None = None
     optimizers: Mapping[str, OptimizerConfig] = field(default_factory=dict)
+    measured: bool = True
 
     @property
     def shape(self) -> str:

@@ -37,9 +37,11 @@ class TrainingArguments:
         evaluate: When to evaluate: after each "epoch", each "stage", every n steps, or "no".
         save: When to write a checkpoint, likewise.
         keep: Checkpoints kept, the newest ones.
-        best_metric: Metric by which `best/` is chosen (default: the first one the evaluation gives).
+        best_metric: Metric by which `best/` is chosen (default: the first one the evaluation gives). Along a stream
+            `best/` starts afresh with each task, so that in the end it is the best of the last task's evaluations.
         best_mode: Whether larger ("max") or smaller ("min") is better.
-        early_stopping: Evaluations without improvement after which a stage ends.
+        early_stopping: Evaluations without improvement within a stage after which it ends. Stages of which metrics
+            tell nothing (`Stage.measured`: a generator's, a hint's) run their whole length.
         resume: "auto" goes on from the newest whole checkpoint, a path from that one.
         logging_steps: Steps between rows of the log.
         tracker: Name of an Accelerate tracker, such as "tensorboard" or "wandb".
@@ -126,3 +128,8 @@ class TrainingArguments:
                 given = {k: v for k, v in given.items() if v is not None}
                 chosen = replace(chosen, **given, options={**chosen.options, **options})
         return chosen
+
+
+def due(when: When, step: int) -> bool:
+    """Whether something that is wanted every so many steps is wanted after this one."""
+    return isinstance(when, int) and step % when == 0

@@ -23,8 +23,11 @@ class Cursor:
         entered: Whether the stage's `enter` hook has run.
         step: Optimiser steps done in the stage.
         total: Optimiser steps done in all stages.
-        best: Best value of the watched metric, `None` before the first evaluation.
-        waits: Evaluations of the stage since the metric last improved.
+        best: Best value of the watched metric, `None` before the first evaluation. Along a stream it is the best of
+            those that stand for as many learned tasks as the last one: an average over more tasks is another quantity.
+        learned: Tasks of a stream of which `best` tells.
+        best_here: Best value in the stage.
+        waits: Evaluations of the stage since the metric last improved in it.
     """
 
     stage: int = 0
@@ -32,11 +35,30 @@ class Cursor:
     step: int = 0
     total: int = 0
     best: float | None = None
+    learned: int = 0
+    best_here: float | None = None
     waits: int = 0
 
     def next_stage(self) -> None:
         """Moves to the start of the next stage."""
-        self.stage, self.entered, self.step, self.waits = self.stage + 1, False, 0, 0
+        self.stage, self.entered, self.step, self.best_here, self.waits = self.stage + 1, False, 0, None, 0
+
+    def judge(self, value: float, sign: int, learned: int) -> bool:
+        """Takes up a value of the watched metric and says whether it is the best so far.
+
+        Args:
+            value: Just measured.
+            sign: 1 if larger is better, -1 if smaller.
+            learned: Tasks of a stream learned by now, the one in progress included; 0 elsewhere.
+        """
+        if self.best_here is None or sign * value > sign * self.best_here:
+            self.best_here, self.waits = value, 0
+        else:
+            self.waits += 1
+        if self.best is not None and learned == self.learned and sign * value <= sign * self.best:
+            return False
+        self.best, self.learned = value, learned
+        return True
 
     def as_dict(self) -> dict[str, Any]:
         """Returns it as plain data."""

@@ -14,17 +14,18 @@ from typing import Any
 from accelerate.utils import set_seed
 
 from hubtransfer.data import Loader, Memory, Source
+from hubtransfer.data.loader import in_groups
 from hubtransfer.methods.method import Method
 from hubtransfer.methods.stage import Stage
 from hubtransfer.methods.update import AnyBatch, Terms
 from hubtransfer.models import OutputCache, card
 from hubtransfer.models.record import attach
 from hubtransfer.training import checkpoint
-from hubtransfer.training.arguments import TrainingArguments
+from hubtransfer.training.arguments import TrainingArguments, due
 from hubtransfer.training.callbacks import Callback, JsonLines, Plots, Progress, Tracker
 from hubtransfer.training.check import check_data, check_scenario
 from hubtransfer.training.evaluate import EvaluationSets, Tables, evaluate
-from hubtransfer.training.history import TaskHistory, kept_bytes
+from hubtransfer.training.history import TaskHistory, item_of, kept_bytes
 from hubtransfer.training.progress import Cursor, Window
 from hubtransfer.training.record import run_record
 from hubtransfer.training.runtime import Runtime
@@ -83,6 +84,7 @@ class Trainer:
         self.trained: set[str] = set()  # parameters that learn in some stage, by name
         self.loader: Loader | None = None
         self._evaluated: tuple[int, dict[str, float], Tables] | None = None
+        self._owed = False  # a look that was due at the stage's last step
         self.folder = Path(self.arguments.output_dir)
         self.history = TaskHistory.of(scenario)
         self.state = RunState(self)
@@ -118,20 +120,30 @@ class Trainer:
             self._tell("on_train_begin")
             if self.history is not None and self.history.baseline is None and self.arguments.evaluate != "no":
                 self.history.begin(self._metrics(brief=True)[0])
-            for number, stage in enumerate(self.method.stages(self.scenario)):
-                if number >= self.cursor.stage:
-                    self._run(stage)
+            remaining = self._remaining()
+            now = next(remaining, None)
+            while now is not None:
+                self._run(*now)
+                following = next(remaining, None)
+                self._close(now[1], following)
+                now = following
             result = self._finish(began)
         finally:
             self._tell("on_train_end", result)
         return self._publish(result)
 
-    def _run(self, stage: Stage) -> None:
-        where = f"{type(self.method).__name__}, stage {stage.name!r}"
+    def _remaining(self) -> Iterator[tuple[int, Stage]]:
+        """Yields the stages still to run, numbered among all; each is made when the one before has done its work."""
+        for number, stage in enumerate(self.method.stages(self.scenario)):
+            resumed = self.cursor.entered and number == self.cursor.stage
+            if number >= self.cursor.stage and (resumed or stage.when is None or stage.when()):
+                yield number, stage
+
+    def _run(self, number: int, stage: Stage) -> None:
+        self._owed = False
         if not self.cursor.entered:
-            if stage.when is not None and not stage.when():
+            while self.cursor.stage < number:  # over those that are skipped
                 self.cursor.next_stage()
-                return
             self._evaluated = None
             if stage.enter is not None:
                 stage.enter(self.runtime)
@@ -145,26 +157,33 @@ class Trainer:
         if self.history is not None:
             self.history.start()
         try:
-            self._steps(stage, loader, per_epoch, total, where)
+            self._steps(stage, loader, per_epoch, total, self._where(stage))
         finally:
             self.runtime.end()
         if stage.exit is not None:
             stage.exit(self.runtime)
             self._evaluated = None
+        if self.history is not None:
+            self.history.stop()
+
+    def _close(self, stage: Stage, following: tuple[int, Stage] | None) -> None:
+        """Looks and saves after a stage; along a stream it looks where a task is learned, which gives a row."""
+        wanted = self.arguments.evaluate == "stage"
+        if self.history is not None and self.arguments.evaluate != "no":
+            wanted = following is None or item_of(stage, self.scenario) != item_of(following[1], self.scenario)
         fresh = self._evaluated is not None and self._evaluated[0] == self.cursor.total
-        along = self.history is not None and self.arguments.evaluate != "no"  # every task learned gives a row
-        if self.arguments.evaluate == "stage" or (along and not fresh):
+        if self._owed or (wanted and not fresh):
             self._evaluate(stage)
         self.cursor.next_stage()
         if self.arguments.save != "no":
-            self._save(where)
+            self._save(self._where(stage))
 
     def _steps(self, stage: Stage, loader: Loader, per_epoch: int, total: int, where: str) -> None:
         cursor, accumulation = self.cursor, self.arguments.accumulation
         while cursor.step < total:
             epoch, offset = divmod(cursor.step, per_epoch)
             batches = loader.batches(epoch, start=offset * accumulation)
-            for micro_batches in islice(_grouped(batches, accumulation), total - cursor.step):
+            for micro_batches in islice(in_groups(batches, accumulation), total - cursor.step):
                 self.runtime.set_step(cursor.step)
                 terms: Terms = {}
                 for number, batch in enumerate(micro_batches):
@@ -175,10 +194,10 @@ class Trainer:
                 self._window.add(cursor.step, terms)
                 if cursor.step % self.arguments.logging_steps == 0:
                     self._log(stage, per_epoch, where)
-                if _due(self.arguments.evaluate, cursor.step):
-                    self._evaluate(stage)
+                if due(self.arguments.evaluate, cursor.step):
+                    self._look(stage, total)
                 # What an epoch's end decides (evaluation, stopping) has to be in the checkpoint made there.
-                if _due(self.arguments.save, cursor.step) and cursor.step % per_epoch and cursor.step < total:
+                if due(self.arguments.save, cursor.step) and cursor.step % per_epoch and cursor.step < total:
                     self._save(where, stage, per_epoch)
             self._log(stage, per_epoch, where)
             self._share_outputs()
@@ -188,14 +207,15 @@ class Trainer:
                 log.warning("%s: the stream ended after %d of %d steps", where, cursor.step, total)
                 return
             if self.arguments.evaluate == "epoch":
-                self._evaluate(stage)
+                self._look(stage, total)
             if stage.until is not None and stage.until(self.runtime):
                 return
-            if self.arguments.early_stopping is not None and cursor.waits >= self.arguments.early_stopping:
+            patience = self.arguments.early_stopping if stage.measured else None
+            if patience is not None and cursor.waits >= patience:
                 log.info("%s: no improvement for %d evaluations, stopping early", where, cursor.waits)
                 return
-            due = self.arguments.save == "epoch" or _due(self.arguments.save, cursor.step)
-            if due and cursor.step < total:
+            saves = self.arguments.save == "epoch" or due(self.arguments.save, cursor.step)
+            if saves and cursor.step < total:
                 self._save(where)
 
     def _share_outputs(self) -> None:
@@ -272,6 +292,13 @@ class Trainer:
             device=self.runtime.device,
         )
 
+    def _look(self, stage: Stage, total: int) -> None:
+        """Evaluates within a stage; after its last step that waits for what the stage's end does to the model."""
+        if self.history is not None and stage.exit is not None and self.cursor.step == total:
+            self._owed = True
+        else:
+            self._evaluate(stage)
+
     def _evaluate(self, stage: Stage) -> None:
         if self.history is not None:
             self.history.stop()
@@ -287,11 +314,7 @@ class Trainer:
         if watched not in metrics:
             raise ValueError(f"best_metric {watched!r} is not among the metrics: {', '.join(metrics)}")
         sign = 1 if self.arguments.best_mode == "max" else -1
-        improved = self.cursor.best is None or sign * metrics[watched] > sign * self.cursor.best
-        if improved:
-            self.cursor.best, self.cursor.waits = metrics[watched], 0
-        else:
-            self.cursor.waits += 1
+        improved = self.cursor.judge(metrics[watched], sign, 0 if self.history is None else len(self.history.rows))
         wanted = self.arguments.best_metric is not None or self.arguments.early_stopping is not None
         if improved and wanted:
             model = self.runtime.plain_method().model
@@ -360,6 +383,9 @@ class Trainer:
         """Returns the training arguments as plain data."""
         return asdict(self.arguments)
 
+    def _where(self, stage: Stage) -> str:
+        return f"{type(self.method).__name__}, stage {stage.name!r}"
+
     def _default_callbacks(self) -> list[Callback]:
         arguments = self.arguments
         chosen: list[Callback] = [JsonLines()]
@@ -371,16 +397,3 @@ class Trainer:
         for callback in self.callbacks:
             call: Callable[..., None] = getattr(callback, event)
             call(self, *facts)
-
-
-def _grouped(batches: Iterator[AnyBatch], size: int) -> Iterator[list[AnyBatch]]:
-    if size == 1:
-        for batch in batches:
-            yield [batch]
-        return
-    while group := list(islice(batches, size)):
-        yield group
-
-
-def _due(strategy: str | int, step: int) -> bool:
-    return isinstance(strategy, int) and step % strategy == 0

@@ -1,14 +1,17 @@
 """Along a stream the trainer fills the accuracy matrix, one row a task, also over a kill; it costs no training."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from hubtransfer.data import DataStream, Loader, SingleTask, Source, TaskStream, permuted_tasks
+from hubtransfer.methods.continual.ewc import EWC
 from hubtransfer.methods.continual.joint import Joint
 from hubtransfer.methods.continual.lwf import LwF
 from hubtransfer.methods.continual.sequential import SequentialFineTune
+from hubtransfer.methods.continual.si import SI
 from hubtransfer.training import Checkpoints, Trainer, TrainingArguments
 from hubtransfer.training.evaluate import EvaluationSets
 from hubtransfer.training.history import TaskHistory, kept_bytes
@@ -105,6 +108,95 @@ def test_stages_of_one_task_make_one_row(tmp_path):
     stream = task_stream(2)
     _, result = trained(tmp_path, stream, LwF(model_for(stream)))
     assert result.record["stream"]["after"] == ["t0", "t1"]
+
+
+def looks_of(method, stream, folder, resume=None, **changes):
+    """Trains, and returns the steps after which the evaluation sets were read, and the result."""
+    trainer, looks = Trainer(method, stream, arguments(folder, **changes)), []
+    measured = trainer._metrics
+    trainer._metrics = lambda brief: (looks.append(trainer.cursor.total), measured(brief))[1]
+    return looks, trainer.train(resume)
+
+
+@pytest.mark.parametrize("name", [SequentialFineTune, EWC, SI])
+def test_nothing_is_looked_at_twice(name, tmp_path):
+    """Before the first of two tasks, and once an epoch of 3 batches, whether or not a method measures at the end."""
+    stream = domain_stream(2)
+    looks, _ = looks_of(name(model_for(stream)), stream, tmp_path, steps=None, epochs=3, evaluate="epoch")
+    assert looks == [0, 3, 6, 9, 12, 15, 18]
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["total"] for row in rows if "metrics" in row] == looks[1:]
+
+
+def test_what_changes_the_model_at_the_end_comes_before_the_last_look(tmp_path):
+    class Wiping(SequentialFineTune):
+        def after_task(self, item, runtime):
+            with torch.no_grad():  # class 0 for everything, which is a third of each set
+                self.model.heads["task"].weight.zero_()
+                self.model.heads["task"].bias.copy_(torch.tensor([1.0, 0.0, 0.0]))
+
+    stream = domain_stream(2)
+    looks, result = looks_of(Wiping(model_for(stream)), stream, tmp_path, evaluate=2)
+    assert looks == [0, 2, 4, 6, 8]
+    assert result.record["stream"]["accuracy"] == [[pytest.approx(1 / 3, abs=1e-6)] * 2] * 2
+
+
+def test_an_item_of_several_stages_is_looked_at_when_the_last_one_is_done(tmp_path):
+    """Its first task takes 4 steps, its second 3 (one epoch) of warming up and 4; each stage is a checkpoint."""
+    stream = task_stream(2)
+    whole = LwF(model_for(stream), warm_up=1)
+    looks, result = looks_of(whole, stream, tmp_path, save="stage", keep=9)
+    assert looks == [0, 4, 11]
+    for folder in Checkpoints(tmp_path / "checkpoints").all():
+        again, after = looks_of(LwF(model_for(stream), warm_up=1), stream, tmp_path / "again", resume=str(folder))
+        assert again[-1] == 11
+        for key in ("accuracy", "baseline", "after", "bytes", "curves"):
+            assert after.record["stream"].get(key) == result.record["stream"].get(key), folder.name
+
+
+def test_stages_that_are_skipped_do_not_count_as_the_last(tmp_path):
+    """Two stages of 4 steps each for a task, of which the second runs only if it is wanted."""
+
+    def looks(wanted):
+        class Twice(SequentialFineTune):
+            def stages(self, scenario):
+                for stage in super().stages(scenario):
+                    yield stage
+                    yield replace(stage, name=f"{stage.name}/again", enter=None, when=lambda: wanted)
+
+        stream = domain_stream(2)
+        return looks_of(Twice(model_for(stream)), stream, tmp_path / str(wanted))[0]
+
+    assert looks(True) == [0, 8, 16]
+    assert looks(False) == [0, 4, 8]
+
+
+def test_patience_counts_within_a_task(tmp_path):
+    """An average over two tasks is no worse than one over the first alone only because it is lower.
+
+    Epochs have 3 steps. With a patience of 2 the first and the last task, which stand still, end after 3 epochs; the
+    second, which gets better all the time, has its 5.
+    """
+    stream = domain_stream(3)
+
+    def trainer(folder):
+        chosen = {"steps": None, "epochs": 5, "evaluate": "epoch", "save": "epoch", "keep": 99, "early_stopping": 2}
+        made = Trainer(SequentialFineTune(model_for(stream)), stream, arguments(folder, **chosen))
+
+        def measured(brief):
+            second = min(made.cursor.total, 24) / 100
+            return {"t0/accuracy": 1.0, "t1/accuracy": second, "t2/accuracy": 0.0}, {}
+
+        made._metrics = measured
+        return made
+
+    whole = trainer(tmp_path)
+    assert whole.train().steps == 3 * 3 + 5 * 3 + 3 * 3
+    assert whole.cursor.best == pytest.approx((1 + 0.24 + 0) / 3), "the best of what stands for three tasks"
+    for folder in Checkpoints(tmp_path / "checkpoints").all():
+        again = trainer(tmp_path / "again")
+        assert again.train(resume=str(folder)).steps == 33, folder.name
+        assert again.cursor == whole.cursor
 
 
 def test_one_stage_on_everything_has_an_average(tmp_path):

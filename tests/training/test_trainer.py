@@ -122,6 +122,16 @@ def test_early_stopping_ends_a_stage_that_does_not_improve(scenario, tmp_path):
     assert trainer.cursor.best is not None
 
 
+def test_early_stopping_leaves_a_stage_alone_that_learns_something_else(scenario, tmp_path):
+    class Prepared(Plain):
+        def stages(self, scenario):
+            yield Stage("prepare", scenario.train_source, [Descend(self.loss)], epochs=6, measured=False)
+            yield from super().stages(scenario)
+
+    _, result = run(make(Prepared), scenario, tmp_path, epochs=50, lr=1e-9, early_stopping=2, save="no")
+    assert result.steps == 3 * 6 + 3 * 3
+
+
 def test_nan_names_stage_step_and_term_and_keeps_the_last_good_checkpoint(scenario, tmp_path):
     method = make(Poisoned)
     with pytest.raises(NotFiniteError, match=r"Poisoned, stage 'train': loss term 'poison' is nan at step 5.*lr"):

@@ -143,7 +143,7 @@ class CNDPM(ExpertMixture, name="cn_dpm", config=CNDPMConfig):
                 yield Stage(f"{name} awake", data, awake, epochs=1, enter=begin, optimizers=adams)
                 see, tell = [Descend(self.generator_loss, trains="generator")], [Descend(self.classifier_loss)]
                 steps, grow = chosen.generator_steps, self.fall_asleep
-                yield Stage(f"{name} asleep, inputs", data, see, None, steps, None, grow, None, full, adam[0])
+                yield Stage(f"{name} asleep, inputs", data, see, None, steps, None, grow, None, full, adam[0], False)
                 steps, end = chosen.classifier_steps, self.wake_up
                 yield Stage(f"{name} asleep, labels", data, tell, None, steps, None, None, end, full, adam[1])
 

@@ -115,14 +115,15 @@ class DGR(ContinualMethod, name="dgr", config=DGRConfig):
     def stages(self, scenario: TaskStream) -> Iterator[Stage]:
         """Two stages an item: the generator's and the solver's."""
         for item in self.checked(scenario):
-            begin, end, data = partial(self.begin, item), partial(self.after_task, item), item.train_source
+            begin, end, data = partial(self.begin, item), self.ending(item), item.train_source
             players, epochs = self.past.generator.players(), self.config.generator_epochs
             learn = [
                 Descend(partial(self.generator_loss, name), trains=name, repeat=player.steps)
                 for name, player in players.items()
             ]
             adams = {name: constant_adam(player.lr, player.betas) for name, player in players.items()}
-            yield Stage(f"{item.name}/generator", data, learn, epochs=epochs, enter=begin, optimizers=adams)
+            first = f"{item.name}/generator"
+            yield Stage(first, data, learn, epochs=epochs, enter=begin, optimizers=adams, measured=False)
             yield Stage(f"{item.name}/solver", data, self.updates(), exit=end)
 
     @property

@@ -93,7 +93,7 @@ class FDR(ReplayMethod, name="fdr", config=FDRConfig):
         """One stage an item; from the second item on each batch makes two steps."""
         for number, item in enumerate(need_classes(self, self.checked(scenario), "a distance of probabilities")):
             updates = [Descend(self.loss), Descend(self.distance)] if number else [Descend(self.loss)]
-            begin, end = partial(self.begin, item), partial(self.after_task, item)
+            begin, end = partial(self.begin, item), self.ending(item)
             yield Stage(item.name, item.train_source, updates, enter=begin, exit=end)
 
     @torch.no_grad()

@@ -120,7 +120,7 @@ class HAL(ReplayMethod, name="hal", config=HALConfig):
         plain = Descend(self.loss, after=self.after_step)
         held = TrialStep(self.loss, self.on_anchors, self.config.strength, after=self.after_step)
         for number, item in enumerate(self.checked(scenario)):
-            begin, end = partial(self.begin, item), partial(self.after_task, item)
+            begin, end = partial(self.begin, item), self.ending(item)
             yield Stage(item.name, item.train_source, [held if number else plain], enter=begin, exit=end)
 
     def before_task(self, item: Any, runtime: "Runtime") -> None:

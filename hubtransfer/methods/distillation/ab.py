@@ -116,9 +116,8 @@ class AB(Distillation, name="ab", config=ABConfig, scenario=SingleTask):
 
     def before(self, scenario: SingleTask) -> Iterator[Stage]:
         """The stage of the boundaries."""
-        yield Stage(
-            "boundaries", scenario.train_source, [Descend(self.boundary_loss, "boundary")], epochs=self.config.epochs
-        )
+        learn = [Descend(self.boundary_loss, "boundary")]
+        yield Stage("boundaries", scenario.train_source, learn, epochs=self.config.epochs, measured=False)
 
     def terms(self, student: TransferModelOutput, batch: Batch) -> Terms:
         """Nothing: the second stage is the labels'."""

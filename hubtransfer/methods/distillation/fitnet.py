@@ -119,7 +119,8 @@ class FitNet(Distillation, name="fitnet", config=FitNetConfig, scenario=SingleTa
     def before(self, scenario: SingleTask) -> Iterator[Stage]:
         """With two stages: the hint alone, which needs no labels."""
         if self.config.stages == "two":
-            yield Stage("hint", scenario.train_source, [Descend(self.hint, "hint")], epochs=self.config.hint_epochs)
+            learn, epochs = [Descend(self.hint, "hint")], self.config.hint_epochs
+            yield Stage("hint", scenario.train_source, learn, epochs=epochs, measured=False)
 
     def _distance(self, student: TransferModelOutput, batch: Batch) -> Tensor:
         assert student.features is not None

@@ -117,8 +117,8 @@ class FT(Distillation, name="ft", config=FTConfig, scenario=SingleTask):
 
     def before(self, scenario: SingleTask) -> Iterator[Stage]:
         """The paraphrasers first."""
-        learn = Descend(self.reconstruction, "paraphrasers")
-        yield Stage("paraphrase", scenario.train_source, [learn], epochs=self.config.paraphrase_epochs)
+        learn, epochs = Descend(self.reconstruction, "paraphrasers"), self.config.paraphrase_epochs
+        yield Stage("paraphrase", scenario.train_source, [learn], epochs=epochs, measured=False)
 
 
 def _encoder(wide: int, factor: int, side: int) -> nn.Sequential:
