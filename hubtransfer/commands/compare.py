@@ -85,6 +85,7 @@ def run(path: str) -> None:
             wanted.metric,
             wanted.across,
             _scale(wanted),
+            sorted({wanted.learned[len(wanted.learned) // 2], wanted.learned[-1]}) if wanted.learned else (),
         )
 
 

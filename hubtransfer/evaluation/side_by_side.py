@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -53,8 +54,15 @@ def differences(one: Row, other: Row) -> dict[Any, list[float]]:
     return {c: [one.cells[c][seed] - other.cells[c][seed] for seed in seeds] for c, seeds in both.items() if seeds}
 
 
-def draw(rows: Sequence[Row], path: str | PathLike[str], metric: str, columns: str, scale: float = 1.0) -> None:
-    """Draws rows of three columns or more as lines where columns are numbers, and means in the two fullest columns.
+def draw(
+    rows: Sequence[Row],
+    path: str | PathLike[str],
+    metric: str,
+    columns: str,
+    scale: float = 1.0,
+    shown: Sequence[Any] = (),
+) -> None:
+    """Draws rows of three columns or more as lines where columns are numbers, and means in some of the columns.
 
     Args:
         rows: the best first.
@@ -62,6 +70,7 @@ def draw(rows: Sequence[Row], path: str | PathLike[str], metric: str, columns: s
         metric: name of the number.
         columns: what the columns are.
         scale: factor on the numbers; 100 shows per cent.
+        shown: columns whose means are drawn (default: the two fullest).
 
     Raises:
         ValueError: there are no rows.
@@ -74,7 +83,7 @@ def draw(rows: Sequence[Row], path: str | PathLike[str], metric: str, columns: s
     for row in rows:
         for column in row.cells:
             counts[column] = counts.get(column, 0) + 1
-    shown = sorted(sorted(counts, key=lambda c: (-counts[c], c))[:2])
+    shown = shown or sorted(sorted(counts, key=lambda c: (-counts[c], c))[:2])
     colours = {row.name: COLOURS[k % len(COLOURS)] for k, row in enumerate(lines)}
     unit = f"{metric.replace('_', ' ')}{' (%)' if scale == 100 else ''}"
     panels = len(shown) + bool(lines)
@@ -94,7 +103,8 @@ def _lines(axis: Any, rows: Sequence[Row], colours: dict[str, str], unit: str, c
         style = {"color": colours[row.name], "linestyle": DASHES[k % len(DASHES)]}
         axis.plot(places, [one.mean for one in found], marker="o", markersize=4, label=row.name, **style)
     every = sorted({place for row in rows for place in row.cells})
-    if all(isinstance(place, (int, float)) and place > 0 for place in every) and every[-1] / every[0] >= 10:
+    widest = max(after - before for before, after in pairwise(every))
+    if every[0] > 0 and every[-1] / every[0] >= 10 and widest > (every[-1] - every[0]) / 2:  # gaps grow with the values
         axis.set_xscale("log")
     axis.set_xticks(every, [str(place) for place in every])
     axis.minorticks_off()
