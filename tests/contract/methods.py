@@ -9,6 +9,8 @@ from hubtransfer.methods.registry import load_all
 
 NAMES = [name for name, cls in load_all().items() if cls.__module__.startswith("hubtransfer.methods.")]
 
+CONTINUAL = [name for name in NAMES if ".continual." in load_all()[name].__module__]
+
 # Losses that compare the examples of one process's batch (`over_batch`) see other pairs in two halves of a batch: only
 # losses that are means over examples are the same on one process and on two.
 BY_EXAMPLE = [name for name in NAMES if not load_all()[name].over_batch]

@@ -15,6 +15,7 @@ from hubtransfer.models import TransferModel
 from hubtransfer.training import Checkpoints, Runtime, Trainer, TrainingArguments
 from hubtransfer.training.progress import NotFiniteError
 from tests.contract.methods import NAMES, cls_of, example, settings
+from tests.methods.steps import assert_resumes_anywhere, changed, snapshot
 
 ROOT = Path(__file__).parents[2]
 every_method = pytest.mark.parametrize("name", NAMES)
@@ -26,10 +27,6 @@ def test_there_are_methods():
 
 def arguments(name, folder, **changes):
     return TrainingArguments(**settings(name, folder, **changes))
-
-
-def snapshot(module):
-    return {k: v.detach().clone() for k, v in module.state_dict().items()}
 
 
 def assert_same(one, two, what=""):
@@ -93,14 +90,13 @@ def test_each_update_changes_only_its_group(name, tmp_path):
             allowed = {id(p) for group in update.groups() for p in runtime.params(group)}
             before, state = {n: p.detach().clone() for n, p in method.named_parameters()}, snapshot(method)
             update.apply(batch, runtime)
-            changed = [n for n, p in method.named_parameters() if not torch.equal(before[n], p)]
-            strangers = [n for n, p in method.named_parameters() if n in changed and id(p) not in allowed]
+            moved = {n for n, p in method.named_parameters() if not torch.equal(before[n], p)}
+            strangers = [n for n, p in method.named_parameters() if n in moved and id(p) not in allowed]
             assert not strangers, f"{stage.name}: an update of {update.groups()} changed {strangers}"
             if not update.groups():  # it only counts
-                now = method.state_dict()
-                changed = [n for n, v in now.items() if n not in state or not torch.equal(state[n], v)]
+                moved = changed(state, method)
             when = getattr(update, "when", None)
-            assert changed or when is not None, f"{stage.name}: an update of {update.groups()} changed nothing"
+            assert moved or when is not None, f"{stage.name}: an update of {update.groups()} changed nothing"
             assert all(p.grad is None for p in method.parameters())
 
 
@@ -121,13 +117,7 @@ def test_saved_and_loaded_outputs_are_bit_equal(name, tmp_path):
 
 @every_method
 def test_cut_at_any_step_and_resumed_it_ends_with_the_same_bits(name, tmp_path):
-    whole, scenario = example(name)
-    changes = {"save": 1, "keep": 100, "steps": 2}
-    Trainer(whole, scenario, arguments(name, tmp_path / "whole", **changes)).train()
-    for folder in Checkpoints(tmp_path / "whole" / "checkpoints").all():
-        again, scenario = example(name)
-        Trainer(again, scenario, arguments(name, tmp_path / "again", steps=2)).train(resume=str(folder))
-        assert_same(snapshot(whole), snapshot(again), f"resumed from {folder.name}")
+    assert_resumes_anywhere(lambda: example(name), tmp_path, arguments(name, tmp_path, steps=2))
 
 
 @every_method

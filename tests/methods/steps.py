@@ -2,15 +2,18 @@
 
 import copy
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hubtransfer.data import Loader
+from hubtransfer.data.memory import Memory
 from hubtransfer.methods import Method
-from hubtransfer.training import Runtime, Trainer, TrainingArguments
+from hubtransfer.training import Checkpoints, Runtime, Trainer, TrainingArguments
 
 QUIET: Mapping[str, Any] = {"progress": False, "plots": False, "evaluate": "no", "save": "no", "schedule": "constant"}
 
@@ -52,17 +55,72 @@ def begin(method: Method, scenario: Any, stage: int = 0, **changes: Any) -> tupl
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter and buffer."""
+    """A copy of every parameter and buffer, and of what else is saved (what a memory has counted)."""
     return {name: value.detach().clone() for name, value in _tensors(module).items()}
 
 
 def changed(before: Mapping[str, Tensor], module: nn.Module) -> set[str]:
-    """Names of the parameters and buffers that differ from a snapshot."""
-    return {name for name, value in _tensors(module).items() if not torch.equal(before[name], value)}
+    """Names of what differs from a snapshot, or came since."""
+    now = _tensors(module)
+    return {name for name, value in now.items() if name not in before or not torch.equal(before[name], value)}
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    known = {id(value) for value in named.values()}
+    return named | {name: v for name, v in module.state_dict(keep_vars=True).items() if id(v) not in known}
+
+
+def gradients_of(loss: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """One gradient for each parameter, zero where the loss does not depend on it."""
+    parameters = list(parameters)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
+
+
+@torch.no_grad()
+def move(parameters: Iterable[Tensor], gradients: Iterable[Tensor], lr: float = 0.05) -> None:
+    """A step of plain SGD by hand."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.sub_(lr * gradient)
+
+
+def descend(parameters: Iterable[Tensor], loss: Tensor, lr: float = 0.05) -> None:
+    """A step of plain SGD on a loss, by hand."""
+    parameters = list(parameters)
+    move(parameters, gradients_of(loss, parameters), lr)
+
+
+def watch_draws(memory: Memory) -> list[Tensor | None]:
+    """Has a memory note the slots of each draw, `None` where it had none to give, in a list that fills as it draws."""
+    slots: list[Tensor | None] = []
+
+    def draws(count: int, times: int, original: Any = memory.draws) -> Any:
+        found = original(count, times)
+        slots.extend(None if replay is None else replay.slots for replay in found)
+        return found
+
+    memory.draws = draws  # type: ignore[method-assign]  # `draw` goes through it
+    return slots
+
+
+def assert_resumes_anywhere(
+    make: Callable[[], tuple[Method, Any]], folder: Path, arguments: TrainingArguments | None = None
+) -> list[Path]:
+    """Checks that training cut after any step and resumed ends with the same bits; returns the checkpoints."""
+    arguments = settings(steps=2) if arguments is None else arguments
+    whole, scenario = make()
+    Trainer(whole, scenario, replace(arguments, output_dir=str(folder / "whole"), save=1, keep=100)).train()
+    checkpoints = Checkpoints(folder / "whole" / "checkpoints").all()
+    expected = whole.state_dict()
+    for checkpoint in checkpoints:
+        again, scenario = make()
+        Trainer(again, scenario, replace(arguments, output_dir=str(folder / "again"))).train(resume=str(checkpoint))
+        found = again.state_dict()
+        assert found.keys() == expected.keys()
+        different = [name for name in expected if not torch.equal(found[name], expected[name])]
+        assert not different, f"resumed from {checkpoint.name}: {different}"
+    return checkpoints
 
 
 def assert_same_parameters(one: nn.Module, two: nn.Module, tolerance: float = 1e-6) -> None:

@@ -13,9 +13,17 @@ from hubtransfer.methods.distillation.kd import KD
 from hubtransfer.methods.finetuning.fine_tune import FineTune
 from hubtransfer.methods.penalty import MethodWithPenalties
 from hubtransfer.models import Teacher
-from hubtransfer.training import Checkpoints, Trainer
 from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches, batches_of, changed, clone, run, settings, snapshot
+from tests.methods.steps import (
+    assert_resumes_anywhere,
+    assert_same_parameters,
+    batches,
+    batches_of,
+    changed,
+    clone,
+    run,
+    snapshot,
+)
 from tests.tiny import tiny_data, tiny_model
 
 
@@ -215,17 +223,9 @@ def test_a_sum_cut_anywhere_resumes_with_the_same_bits(make, tmp_path):
 
     def method():
         model = model_for(stream)
-        return SI(model, strength=0.5) + L2(model, strength=0.5)
+        return SI(model, strength=0.5) + L2(model, strength=0.5), stream
 
-    whole = method()
-    Trainer(whole, stream, settings(output_dir=str(tmp_path / "one"), steps=2, save=1, keep=100)).train()
-    folders = Checkpoints(tmp_path / "one" / "checkpoints").all()
-    assert len(folders) >= 4
-    for folder in folders:
-        again = method()
-        Trainer(again, stream, settings(output_dir=str(tmp_path / "two"), steps=2)).train(resume=str(folder))
-        for name, value in whole.state_dict().items():
-            assert torch.equal(value, again.state_dict()[name]), f"{name} after {folder.name}"
+    assert len(assert_resumes_anywhere(method, tmp_path)) >= 4
 
 
 def test_combinations_that_mean_nothing_are_refused():

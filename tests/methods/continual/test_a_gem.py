@@ -8,7 +8,7 @@ from hubtransfer.data import Ring
 from hubtransfer.methods.continual.a_gem import AGEM, AGEMProjection
 from hubtransfer.methods.continual.gem import GEM
 from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches_of, clone, run
+from tests.methods.steps import assert_same_parameters, batches_of, clone, gradients_of, move, run
 
 
 def example(dtype=torch.float32, seed=0, n=24):
@@ -53,8 +53,7 @@ def test_three_tasks_equal_a_plain_loop(make):
         def gradient(x, y, tasks, parameters=parameters):
             logits = [plain(pixel_values=x[i][None], task=names[int(k)]).logits for i, k in enumerate(tasks)]
             loss = torch.stack([F.cross_entropy(z, y[i][None]) for i, z in enumerate(logits)]).mean()
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-            return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found)])
+            return torch.cat([g.flatten() for g in gradients_of(loss, parameters)])
 
         for each in batches_of(stream, item, steps=9):
             g = gradient(each.inputs["pixel_values"], each.labels, [t] * len(each))
@@ -63,9 +62,8 @@ def test_three_tasks_equal_a_plain_loop(make):
                 if g @ r < 0:
                     against += 1
                     g = g - (g @ r) / (r @ r) * r
-            with torch.no_grad():
-                for p, part in zip(parameters, g.split([p.numel() for p in parameters])):
-                    p.sub_(0.05 * part.view_as(p))
+            parts = g.split([p.numel() for p in parameters])
+            move(parameters, [part.view_as(p) for p, part in zip(parameters, parts)])
     assert against, "the projection was never needed"
     assert_same_parameters(method.model, plain, 1e-9)
 

@@ -12,12 +12,10 @@ import torch
 from hubtransfer.data import MemoryConfig, SingleTask, TaskStream
 from hubtransfer.methods.continual.er import ER
 from hubtransfer.training import Trainer
-from tests.contract.methods import NAMES, cls_of, example
+from tests.contract.methods import CONTINUAL, cls_of, example
 from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
 from tests.methods.steps import changed, run, settings, snapshot
 from tests.tiny import tiny_data
-
-CONTINUAL = [name for name in NAMES if ".continual." in cls_of(name).__module__]
 
 
 def memories(config):

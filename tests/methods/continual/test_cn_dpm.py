@@ -1,4 +1,4 @@
-"""CN-DPM: who learns what by hand, growth and the memory, the mixture's answer, new data make new experts, resume."""
+"""CN-DPM: who learns what by hand, growth and the memory, the mixture's answer, new data make new experts."""
 
 import math
 
@@ -191,7 +191,7 @@ def test_bad_hyper_parameters_are_named(bad, message):
         CNDPM(model_for(domain_stream()), **bad)
 
 
-def test_an_unseen_label_costs_what_cross_entropy_says():
+def test_asleep_a_classifier_descends_on_cross_entropy():
     """The classifier stage's loss is the plain one on what the memory draws."""
     method = grown(experts=1)
     (each,) = batches(domain_stream(1, dtype=torch.float64)[0].train_source, steps=1)

@@ -18,14 +18,19 @@ from hubtransfer.methods.continual.lwf import LwF
 from hubtransfer.methods.continual.ncm import NCM
 from hubtransfer.methods.distillation.kd import KD
 from hubtransfer.models import NearestMeanHead, Teacher
-from hubtransfer.training import Checkpoints, Trainer
-from tests.contract.methods import NAMES, cls_of, example
+from tests.contract.methods import CONTINUAL, example
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
 from tests.methods.continual.test_ewc import fisher
-from tests.methods.steps import assert_same_parameters, batches, clone, run, settings
+from tests.methods.steps import (
+    assert_resumes_anywhere,
+    assert_same_parameters,
+    batches,
+    clone,
+    descend,
+    run,
+    watch_draws,
+)
 from tests.tiny import tiny_model
-
-CONTINUAL = [name for name in NAMES if ".continual." in cls_of(name).__module__]
 
 REFUSED = {
     "penalty": {
@@ -56,19 +61,6 @@ REFUSED = {
 """Strategies that take no further terms, and the reason that they give: all others do."""
 
 
-def noted(memory):
-    """Has a memory note the slots that it draws."""
-    slots, original = [], memory.draw
-
-    def draw(count):
-        replay = original(count)
-        slots.append(None if replay is None else replay.slots)
-        return replay
-
-    memory.draw = draw
-    return slots
-
-
 def seen_so_far(stream):
     """Steps of three tasks, each with the images and labels that a memory of everything has by then."""
     pixels, labels = [], []
@@ -79,20 +71,13 @@ def seen_so_far(stream):
             labels.append(each.labels)
 
 
-def descend(model, loss):
-    parameters = list(model.parameters())
-    with torch.no_grad():
-        for p, g in zip(parameters, torch.autograd.grad(loss, parameters)):
-            p.sub_(0.05 * g)
-
-
 @pytest.mark.parametrize("first", ["ewc", "er"])
 def test_er_and_ewc_are_the_loss_on_batch_and_memory_and_the_penalties(first):
     """L = mean CE over batch and replay + sum over earlier tasks k of 10 F_k (theta - theta_k)^2."""
     stream = domain_stream(3, dtype=torch.float64)
     model = model_for(stream, dtype=torch.float64)
     plain, er, ewc = clone(model), ER(model, memory=Reservoir(100), replay_batch=5), EWC(model, strength=20.0)
-    slots = noted(er.memory)
+    slots = watch_draws(er.memory)
     both = er + ewc if first == "er" else ewc + er
     run(both, stream)
     past, now = [], 0
@@ -107,7 +92,7 @@ def test_er_and_ewc_are_the_loss_on_batch_and_memory_and_the_penalties(first):
         loss = F.cross_entropy(plain(pixel_values=x).logits, y)
         for importance, anchor in past:
             loss = loss + 10 * sum((f * (p - a) ** 2).sum() for f, p, a in zip(importance, plain.parameters(), anchor))
-        descend(plain, loss)
+        descend(plain.parameters(), loss)
     assert_same_parameters(model, plain, 1e-12)
 
 
@@ -118,17 +103,11 @@ def test_der_plus_plus_and_a_teacher_are_its_loss_and_the_teachers_answers_to_th
     teacher = Teacher(tiny_model(kind="mlp", dtype=torch.float64, seed=5))
     plain, theirs = clone(model), clone(teacher.model).eval()
     method = DERPlusPlus(model, alpha=0.3, beta=0.7, memory=Reservoir(100), replay_batch=5)
-    drawn, original = [], method.memory.draws
-
-    def draws(count, times):
-        found = original(count, times)
-        drawn.append([None if one is None else one.slots for one in found])
-        return found
-
-    method.memory.draws = draws
+    drawn = watch_draws(method.memory)
     run(method + KD(model, teacher, alpha=0.5, temperature=2.0), stream)
     kept = torch.empty(0, 3, dtype=torch.float64)  # the logits with which each image was first answered
-    for (_, each, pixels, labels), (one, two) in zip(seen_so_far(stream), drawn, strict=True):
+    pairs = zip(drawn[::2], drawn[1::2], strict=True)
+    for (_, each, pixels, labels), (one, two) in zip(seen_so_far(stream), pairs, strict=True):
         logits = plain(pixel_values=each.inputs["pixel_values"]).logits
         target = (theirs(pixel_values=each.inputs["pixel_values"]).logits / 2).softmax(1)
         loss = F.cross_entropy(logits, each.labels)
@@ -137,7 +116,7 @@ def test_der_plus_plus_and_a_teacher_are_its_loss_and_the_teachers_answers_to_th
             loss = loss + 0.7 * F.cross_entropy(plain(pixel_values=pixels[two]).logits, labels[two])
         taught = (target * (target.log() - (logits / 2).log_softmax(1))).sum(1).mean()
         kept = torch.cat([kept, logits.detach()])
-        descend(plain, loss + 0.5 * 4 * taught)
+        descend(plain.parameters(), loss + 0.5 * 4 * taught)
     assert_same_parameters(model, plain, 1e-12)
 
 
@@ -146,17 +125,9 @@ def test_a_patch_a_task_with_old_answers_kept_cut_anywhere_resumes_with_the_same
 
     def method():
         model = model_for(stream, kind="cnn", patch=ht.ScaleBiasConfig())
-        return ER(model, memory=Reservoir(10)) + LwF(model)
+        return ER(model, memory=Reservoir(10)) + LwF(model), stream
 
-    whole = method()
-    Trainer(whole, stream, settings(output_dir=str(tmp_path / "one"), steps=2, save=1, keep=100)).train()
-    folders = Checkpoints(tmp_path / "one" / "checkpoints").all()
-    assert len(folders) >= 6
-    for folder in folders:
-        again = method()
-        Trainer(again, stream, settings(output_dir=str(tmp_path / "two"), steps=2)).train(resume=str(folder))
-        for name, value in whole.state_dict().items():
-            assert torch.equal(value, again.state_dict()[name]), f"{name} after {folder.name}"
+    assert len(assert_resumes_anywhere(method, tmp_path)) >= 6
 
 
 @pytest.mark.parametrize("other", ["penalty", "teacher"])

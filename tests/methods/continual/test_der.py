@@ -9,8 +9,8 @@ from hubtransfer.methods.continual.der import DER
 from hubtransfer.methods.replay_method import Part, mean
 from hubtransfer.models import ClassificationHead, TransferModel
 from tests.methods.continual.streams import domain_stream, model_for
-from tests.methods.continual.test_er import conflicting, logits_of, step
-from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, run
+from tests.methods.continual.test_er import conflicting, logits_of
+from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, descend, run, watch_draws
 from tests.tiny import tiny_backbone, tiny_data
 
 
@@ -19,23 +19,10 @@ def example(dtype=torch.float32, seed=0, n=24):
     return DER(model_for(stream, dtype=dtype, seed=seed), alpha=0.7, memory=Reservoir(12)), stream
 
 
-def watch_draws(method):
-    """Returns a list that will hold the slots of each draw."""
-    slots, original = [], method.memory.draws
-
-    def draws(count, times):
-        found = original(count, times)
-        slots.extend(None if replay is None else replay.slots for replay in found)
-        return found
-
-    method.memory.draws = draws
-    return slots
-
-
 def test_whole_tasks_equal_a_plain_loop():
     stream = domain_stream(2, dtype=torch.float64)
     method = DER(model_for(stream, dtype=torch.float64), alpha=0.7, memory=Reservoir(100), replay_batch=5)
-    plain, slots = clone(method.model), watch_draws(method)
+    plain, slots = clone(method.model), watch_draws(method.memory)
     run(method, stream)
     pixels, logits = torch.empty(0, 3, 8, 8, dtype=torch.float64), torch.empty(0, 3, dtype=torch.float64)
     for each, drawn in zip([e for item in stream for e in batches_of(stream, item)], slots, strict=True):
@@ -44,7 +31,7 @@ def test_whole_tasks_equal_a_plain_loop():
         if drawn is not None:
             distance = (logits_of(plain, pixels[drawn]) - logits[drawn]) ** 2
             loss = loss + 0.7 * distance.sum() / (5 * 3)
-        step(list(plain.parameters()), loss)
+        descend(plain.parameters(), loss)
         pixels, logits = torch.cat([pixels, each.inputs["pixel_values"]]), torch.cat([logits, answers.detach()])
     assert_same_parameters(method.model, plain, 1e-12)
     torch.testing.assert_close(method.memory.everything().kept["logits"], logits, atol=1e-12, rtol=0)

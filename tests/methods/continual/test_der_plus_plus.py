@@ -1,4 +1,4 @@
-"""DER++: a whole run re-derived with two independent draws; without beta it is DER up to which draw is which."""
+"""DER++: a whole run re-derived with two independent draws; without beta it is DER on the first of them."""
 
 import pytest
 import torch
@@ -6,12 +6,12 @@ import torch.nn.functional as F
 
 import hubtransfer as ht
 from hubtransfer.data import Reservoir
+from hubtransfer.methods.continual.der import DER
 from hubtransfer.methods.continual.der_plus_plus import DERPlusPlus
 from hubtransfer.methods.distillation.kd import KD
 from tests.methods.continual.streams import domain_stream, model_for
-from tests.methods.continual.test_der import watch_draws
-from tests.methods.continual.test_er import conflicting, logits_of, step
-from tests.methods.steps import assert_same_parameters, batches_of, clone, run
+from tests.methods.continual.test_er import conflicting, logits_of
+from tests.methods.steps import assert_same_parameters, batches_of, clone, descend, run, watch_draws
 from tests.tiny import teacher_with_logits
 
 
@@ -24,7 +24,7 @@ def test_whole_tasks_equal_a_plain_loop_with_three_forwards():
     stream = domain_stream(2, dtype=torch.float64)
     model = model_for(stream, dtype=torch.float64)
     method = DERPlusPlus(model, alpha=0.7, beta=0.4, memory=Reservoir(100), replay_batch=5)
-    plain, slots = clone(model), watch_draws(method)
+    plain, slots = clone(model), watch_draws(method.memory)
     run(method, stream)
     steps = [each for item in stream for each in batches_of(stream, item)]
     assert len(slots) == 2 * len(steps)
@@ -38,10 +38,29 @@ def test_whole_tasks_equal_a_plain_loop_with_three_forwards():
         if dark is not None:
             loss = loss + 0.7 * F.mse_loss(logits_of(plain, pixels[dark]), logits[dark])
             loss = loss + 0.4 * F.cross_entropy(logits_of(plain, pixels[labelled]), labels[labelled])
-        step(list(plain.parameters()), loss)
+        descend(plain.parameters(), loss)
         pixels, labels = torch.cat([pixels, each.inputs["pixel_values"]]), torch.cat([labels, each.labels])
         logits = torch.cat([logits, answers.detach()])
     assert_same_parameters(method.model, plain, 1e-12)
+
+
+def test_without_beta_it_is_der_on_the_first_of_each_two_draws():
+    stream = domain_stream(2, dtype=torch.float64)
+    one = DERPlusPlus(model_for(stream, dtype=torch.float64), alpha=0.7, beta=0.0, memory=Reservoir(12))
+    two = DER(model_for(stream, dtype=torch.float64), alpha=0.7, memory=Reservoir(12))
+    slots = watch_draws(one.memory)
+    run(one, stream)
+    dark = iter(slots[::2])
+
+    def draws(count, times):
+        drawn = next(dark)
+        return [None if drawn is None else two.memory.at(drawn)]
+
+    two.memory.draws = draws
+    run(two, stream)
+    assert next(dark, "all were drawn") == "all were drawn"
+    assert torch.equal(one.memory.everything().labels, two.memory.everything().labels)
+    assert_same_parameters(one.model, two.model, 1e-12)
 
 
 def test_it_remembers():

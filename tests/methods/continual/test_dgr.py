@@ -11,9 +11,8 @@ from hubtransfer.methods.continual.sequential import SequentialFineTune
 from hubtransfer.methods.continual.si import SI
 from hubtransfer.models import RegressionHead
 from hubtransfer.models.generators import VAE, WGANGP
-from hubtransfer.training import Checkpoints
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
-from tests.methods.steps import batches, clone, run, snapshot
+from tests.methods.steps import assert_resumes_anywhere, batches, clone, run
 from tests.tiny import tiny_data, tiny_model
 
 SMALL = VAE(hidden=(16,), latent=4)
@@ -134,19 +133,8 @@ def test_a_scholar_that_starts_anew_learns_from_the_one_before_alone():
 
 
 def test_cut_between_the_steps_of_generator_and_critic(tmp_path):
-    from hubtransfer.training import Trainer
-    from tests.methods.steps import settings
-
     adversarial = WGANGP(hidden=(8,), channels=(2, 3), latent=3, critic_steps=2)
-    whole, stream = example(generator=adversarial)
-    Trainer(whole, stream, settings(output_dir=str(tmp_path / "a"), steps=2, save=1, keep=100)).train()
-    folders = Checkpoints(tmp_path / "a" / "checkpoints").all()
-    assert len(folders) == 8
-    for folder in folders[4:6]:
-        again, stream = example(generator=adversarial)
-        Trainer(again, stream, settings(output_dir=str(tmp_path / "b"), steps=2)).train(resume=str(folder))
-        for name, value in snapshot(whole).items():
-            assert torch.equal(value, snapshot(again)[name]), name
+    assert len(assert_resumes_anywhere(lambda: example(generator=adversarial), tmp_path)) == 8
 
 
 def test_penalties_join_the_solver():

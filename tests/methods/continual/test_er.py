@@ -8,20 +8,13 @@ from hubtransfer.data import Batch, ClassBalanced, Reservoir, Ring, SingleTask, 
 from hubtransfer.methods.continual.er import ER
 from hubtransfer.methods.continual.si import SI
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, run
+from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, descend, run, watch_draws
 from tests.tiny import tiny_data
 
 
 def example(dtype=torch.float32, seed=0, n=24):
     stream = domain_stream(n=n, seed=seed, dtype=dtype)
     return ER(model_for(stream, dtype=dtype, seed=seed), memory=Reservoir(12)), stream
-
-
-def step(parameters, loss, lr=0.05):
-    gradients = torch.autograd.grad(loss, parameters)
-    with torch.no_grad():
-        for parameter, gradient in zip(parameters, gradients):
-            parameter -= lr * gradient
 
 
 def logits_of(model, pixels, head="task"):
@@ -32,15 +25,7 @@ def test_whole_tasks_equal_a_plain_loop():
     """The memory is large enough to keep everything, so its content is known; which slots are drawn is asked of it."""
     stream = domain_stream(2, dtype=torch.float64)
     method = ER(model_for(stream, dtype=torch.float64), memory=Reservoir(100), replay_batch=5)
-    plain, slots = clone(method.model), []
-    original = method.memory.draw
-
-    def draw(count):
-        replay = original(count)
-        slots.append(None if replay is None else replay.slots)
-        return replay
-
-    method.memory.draw = draw
+    plain, slots = clone(method.model), watch_draws(method.memory)
     run(method, stream)
     pixels, labels = torch.empty(0, 3, 8, 8, dtype=torch.float64), torch.empty(0, dtype=torch.long)
     steps = [each for item in stream for each in batches_of(stream, item)]
@@ -51,7 +36,7 @@ def test_whole_tasks_equal_a_plain_loop():
         if drawn is not None:
             assert len(drawn.unique()) == 5
             x, y = torch.cat([x, pixels[drawn]]), torch.cat([y, labels[drawn]])
-        step(list(plain.parameters()), F.cross_entropy(logits_of(plain, x), y))
+        descend(plain.parameters(), F.cross_entropy(logits_of(plain, x), y))
         pixels, labels = torch.cat([pixels, each.inputs["pixel_values"]]), torch.cat([labels, each.labels])
     assert_same_parameters(method.model, plain, 1e-12)
     kept = method.memory.everything()

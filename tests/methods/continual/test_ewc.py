@@ -9,7 +9,7 @@ import hubtransfer as ht
 from hubtransfer.data import SingleTask, TaskStream
 from hubtransfer.methods.continual.ewc import EWC
 from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches_of, clone, run
+from tests.methods.steps import assert_same_parameters, batches_of, clone, descend, run
 from tests.tiny import SHAPE, batch, tiny_data, tiny_model
 
 
@@ -44,10 +44,7 @@ def plain_loop(model, stream, kind, *, strength=20.0, steps=3, lr=0.05):
             for importance, anchor in past:
                 squares = [(f * (p - a).square()).sum() for f, p, a in zip(importance, parameters, anchor)]
                 loss = loss + strength / 2 * sum(squares)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            with torch.no_grad():
-                for p, g in zip(parameters, gradients):
-                    p.sub_(0 if g is None else lr * g)
+            descend(parameters, loss, lr)
         model.eval()
         past.append((fisher(model, item.train, task, kind), [p.detach().clone() for p in parameters]))
         model.train()
@@ -146,13 +143,22 @@ def test_the_fisher_is_measured_in_evaluation_mode_without_augmentation():
 
 
 def test_a_number_of_samples():
-    stream = domain_stream(1, n=24)
-    seen = []
-    method = EWC(model_for(stream), samples=10, fisher="label")
-    labels = method.labels
-    method.labels = lambda batch: seen.append(len(batch)) or labels(batch)
+    """It is a mean over 10 different images, whichever they are."""
+    stream = domain_stream(1, n=24, dtype=torch.float64)
+    method, seen = EWC(model_for(stream, dtype=torch.float64), samples=10, fisher="label"), []
+
+    def noting(batch, labels=method.labels):
+        seen.append(batch)
+        return labels(batch)
+
+    method.labels = noting
     run(method, stream, steps=1)
-    assert seen[1:] == [16, 10]  # after the training step: whether a batch of 16 has labels, then what is measured
+    measured = {"pixel_values": seen[-1].inputs["pixel_values"], "labels": seen[-1].labels}
+    assert len(measured["pixel_values"].flatten(1).unique(dim=0)) == len(measured["labels"]) == 10
+    for (name, _), right in zip(
+        method.model.named_parameters(), fisher(method.model.eval(), measured, "task", "label")
+    ):
+        torch.testing.assert_close(method.importance.tensors()[name], right)
 
 
 def test_heads_without_classes_are_refused_before_work_starts():

@@ -12,8 +12,8 @@ from hubtransfer.methods.continual.fdr import FDR
 from hubtransfer.methods.continual.si import SI
 from hubtransfer.models import ClassificationHead, RegressionHead, TransferModel
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
-from tests.methods.continual.test_er import logits_of, step
-from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, run
+from tests.methods.continual.test_er import logits_of
+from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, descend, run, watch_draws
 from tests.tiny import linear_model, tiny_backbone, tiny_data
 
 
@@ -36,19 +36,14 @@ def test_whole_tasks_equal_a_plain_loop():
     """Two steps a batch; which slots are drawn, and what was put in, is asked of the memory."""
     stream = domain_stream(3, dtype=torch.float64)
     method = FDR(model_for(stream, dtype=torch.float64), alpha=0.7, memory=Ring(12), replay_batch=5)
-    plain, slots, contents = clone(method.model), [], []
-    draw, begin = method.memory.draw, method.before_task
-
-    def drawing(count):
-        replay = draw(count)
-        slots.append(replay.slots)
-        return replay
+    plain, slots, contents = clone(method.model), watch_draws(method.memory), []
+    begin = method.before_task
 
     def before_task(item, runtime):
         begin(item, runtime)
         contents.append(method.memory.everything())
 
-    method.memory.draw, method.before_task = drawing, before_task
+    method.before_task = before_task
     run(method, stream)
     assert contents[0] is None
     assert [len(content.labels) for content in contents[1:]] == [12, 12]
@@ -62,12 +57,12 @@ def test_whole_tasks_equal_a_plain_loop():
                     assert task == t - 1
                     probabilities[key] = logits_of(plain, pixels[None]).softmax(1)[0].detach()
         for each in batches_of(stream, item):
-            step(list(plain.parameters()), F.cross_entropy(logits_of(plain, each.inputs["pixel_values"]), each.labels))
+            descend(plain.parameters(), F.cross_entropy(logits_of(plain, each.inputs["pixel_values"]), each.labels))
             if t:
                 pixels = kept.inputs["pixel_values"][slots.pop(0)]
                 old = torch.stack([probabilities[one.numpy().tobytes()] for one in pixels])
                 distance = (logits_of(plain, pixels).softmax(1) - old).square().sum(1).sqrt().mean()
-                step(list(plain.parameters()), 0.7 * distance)
+                descend(plain.parameters(), 0.7 * distance)
     assert not slots
     assert_same_parameters(method.model, plain, 1e-10)
 
@@ -110,14 +105,25 @@ def test_heads_of_other_widths_keep_their_own_probabilities():
     model = TransferModel(tiny_backbone("mlp"))
     for name, classes in (("two", 2), ("four", 4)):
         model.add_task(name, ClassificationHead(classes))
-    method = FDR(model, memory=Ring(8))
+    method = FDR(model, alpha=0.6, memory=Ring(8))
     run(method, stream)
-    kept = method.memory.everything().kept["probabilities"]
+    everything = method.memory.everything()
+    pixels, kept = everything.inputs["pixel_values"], everything.kept["probabilities"]
     assert kept.shape == (8, 4)
     torch.testing.assert_close(kept.sum(1), torch.ones(8))
     assert (kept[:4, 2:] == 0).all()
     (each,) = batches(stream[1].train_source, steps=1)
-    assert method.distance(each)["distance"].isfinite()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    method.draw = lambda batch: everything.rows(torch.tensor([0, 5, 1]))
+    expected = []
+    for row in (0, 5, 1):
+        name, width = ("two", 2) if row < 4 else ("four", 4)
+        now = logits_of(model, pixels[row : row + 1], name).softmax(1)[0]
+        expected.append((now - kept[row, :width]).square().sum().sqrt())
+    assert min(expected) > 1e-4
+    torch.testing.assert_close(method.distance(each)["distance"], 0.6 * torch.stack(expected).mean())
 
 
 def test_what_cannot_be():

@@ -8,7 +8,7 @@ from hubtransfer.data import Ring, SingleTask, TaskStream
 from hubtransfer.methods.continual.gem import GEM, GEMProjection
 from hubtransfer.methods.continual.l2 import L2
 from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches, batches_of, begin, clone, run
+from tests.methods.steps import assert_same_parameters, batches, batches_of, begin, clone, gradients_of, move, run
 from tests.tiny import tiny_data
 
 
@@ -58,10 +58,8 @@ def test_three_tasks_equal_a_plain_loop(make):
         parameters = [p for m in (plain.backbone.trunk, *heads) for p in m.parameters()]
 
         def gradient(x, y, name, parameters=parameters):
-            found = torch.autograd.grad(
-                F.cross_entropy(plain(pixel_values=x, task=name).logits, y), parameters, allow_unused=True
-            )
-            return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found)])
+            loss = F.cross_entropy(plain(pixel_values=x, task=name).logits, y)
+            return torch.cat([g.flatten() for g in gradients_of(loss, parameters)])
 
         for each in batches_of(stream, item):
             g = gradient(each.inputs["pixel_values"], each.labels, names[t])
@@ -70,9 +68,8 @@ def test_three_tasks_equal_a_plain_loop(make):
                 if (rows @ g < 0).any():
                     violated += 1
                     g = solve(g, rows, 0.1, 1e-3)
-            with torch.no_grad():
-                for p, part in zip(parameters, g.split([p.numel() for p in parameters])):
-                    p.sub_(0.05 * part.view_as(p))
+            parts = g.split([p.numel() for p in parameters])
+            move(parameters, [part.view_as(p) for p, part in zip(parameters, parts)])
     assert violated, "the projection was never needed"
     assert_same_parameters(method.model, plain, 1e-7)
 

@@ -11,8 +11,8 @@ from hubtransfer.methods.continual.si import SI
 from hubtransfer.methods.gradient_similarity import Gradients
 from hubtransfer.models import RegressionHead, TransferModel
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
-from tests.methods.continual.test_er import logits_of, step
-from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, run
+from tests.methods.continual.test_er import logits_of
+from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, descend, run
 from tests.tiny import tiny_backbone, tiny_data
 
 
@@ -70,7 +70,7 @@ def test_scores_and_steps_equal_a_plain_loop():
     ):
         x, y = each.inputs["pixel_values"], each.labels
         both = (x, y) if drawn is None else (torch.cat([x, drawn.inputs["pixel_values"]]), torch.cat([y, drawn.labels]))
-        step(list(plain.parameters()), F.cross_entropy(logits_of(plain, both[0]), both[1]))
+        descend(plain.parameters(), F.cross_entropy(logits_of(plain, both[0]), both[1]))
         if drawn is None:
             rows = gradients(plain, x, y)
             expected = [0.1] + [1 + cosines(rows[i : i + 1], rows[:i]).max().item() for i in range(1, 8)]

@@ -9,8 +9,8 @@ from hubtransfer.methods.continual.hal import HAL
 from hubtransfer.methods.continual.si import SI
 from hubtransfer.methods.hindsight import after_rehearsal, ascend
 from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
-from tests.methods.continual.test_er import logits_of, step
-from tests.methods.steps import assert_same_parameters, batches, batches_of, begin, clone, run
+from tests.methods.continual.test_er import logits_of
+from tests.methods.steps import assert_same_parameters, batches, batches_of, begin, clone, descend, run, watch_draws
 from tests.tiny import tiny_data, tiny_model
 
 
@@ -25,14 +25,7 @@ def test_whole_tasks_equal_a_plain_loop():
     stream = domain_stream(3, dtype=torch.float64)
     model = model_for(stream, dtype=torch.float64)
     method = HAL(model, strength=20.0, anchor_steps=2, memory=Reservoir(100), replay_batch=5)
-    plain, slots, draw = clone(model), [], method.memory.draw
-
-    def drawing(count):
-        replay = draw(count)
-        slots.append(None if replay is None else replay.slots)
-        return replay
-
-    method.memory.draw = drawing
+    plain, slots = clone(model), watch_draws(method.memory)
     run(method, stream, lr=0.3)
     kept = method.memory.everything()
     parameters, moved = dict(plain.named_parameters()), 0.0
@@ -50,7 +43,7 @@ def test_whole_tasks_equal_a_plain_loop():
                 distance = (logits_of(plain, anchors) - then).square().sum() / (3 * t * 3)
                 moved += distance.item()
                 loss = loss + 20.0 * distance
-            step(list(parameters.values()), loss, lr=0.3)
+            descend(parameters.values(), loss, lr=0.3)
     assert moved > 1e-3
     assert_same_parameters(method.model, plain, 1e-9)
 
@@ -161,7 +154,7 @@ def test_rehearsal_is_one_pass_over_the_memory():
     plain, kept = clone(method.model), method.memory.everything()
     later = after_rehearsal(method, list(method.learned()), 0.05, 100)
     assert_same_parameters(method.model, plain, 0.0)
-    step(list(plain.parameters()), F.cross_entropy(logits_of(plain, kept.inputs["pixel_values"]), kept.labels))
+    descend(plain.parameters(), F.cross_entropy(logits_of(plain, kept.inputs["pixel_values"]), kept.labels))
     assert_same_parameters(later, plain, 1e-12)
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from hubtransfer.methods.continual.joint import Joint, together
 from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches, clone, run
+from tests.methods.steps import assert_same_parameters, batches, clone, descend, run
 
 
 def example(dtype=torch.float32, seed=0, n=24):
@@ -22,10 +22,7 @@ def test_one_stage_sees_all_tasks_and_equals_a_plain_loop():
         seen = []
         for each in batches(together(stream.items), steps=9):
             logits = plain.heads["task"](plain.backbone.trunk(each.inputs["pixel_values"]))
-            gradients = torch.autograd.grad(F.cross_entropy(logits, each.labels), list(plain.parameters()))
-            with torch.no_grad():
-                for parameter, gradient in zip(plain.parameters(), gradients):
-                    parameter -= 0.05 * gradient
+            descend(plain.parameters(), F.cross_entropy(logits, each.labels))
             seen.append(each.index)
         assert sorted(torch.cat(seen).tolist()) == list(range(72)), "one pass over 3 x 24 examples, no two alike"
         assert_same_parameters(method.model, plain, 1e-6)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from hubtransfer.methods.continual.l2 import L2
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches_of, clone, run
+from tests.methods.steps import assert_same_parameters, batches_of, clone, descend, run
 from tests.tiny import batch
 
 
@@ -42,10 +42,7 @@ def test_steps_equal_a_plain_loop():
             loss = F.cross_entropy(plain.heads["task"](plain.backbone.trunk(each.inputs["pixel_values"])), each.labels)
             if anchor is not None:
                 loss = loss + 0.25 * sum((p - a).square().sum() for p, a in zip(plain.parameters(), anchor))
-            gradients = torch.autograd.grad(loss, list(plain.parameters()))
-            with torch.no_grad():
-                for p, g in zip(plain.parameters(), gradients):
-                    p.sub_(0.05 * g)
+            descend(plain.parameters(), loss)
         anchor = [p.detach().clone() for p in plain.parameters()]
     assert_same_parameters(method.model, plain, 1e-12)
 

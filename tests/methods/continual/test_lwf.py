@@ -8,9 +8,16 @@ import hubtransfer as ht
 from hubtransfer.data import SingleTask, TaskStream
 from hubtransfer.methods.continual.l2 import L2
 from hubtransfer.methods.continual.lwf import LwF
-from hubtransfer.training import Checkpoints, Trainer
 from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, run, settings
+from tests.methods.steps import (
+    assert_resumes_anywhere,
+    assert_same_parameters,
+    batches,
+    batches_of,
+    clone,
+    descend,
+    run,
+)
 from tests.tiny import batch
 
 
@@ -22,14 +29,6 @@ def example(dtype=torch.float32, seed=0, n=24):
 
 def old_term(now, then, temperature=2.0):
     return -((then / temperature).softmax(1) * (now / temperature).log_softmax(1)).sum(1).mean()
-
-
-def step(loss, parameters, lr=0.05):
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    with torch.no_grad():
-        for p, g in zip(parameters, gradients):
-            if g is not None:
-                p.sub_(lr * g)
 
 
 def test_heads_of_their_own_equal_a_plain_loop():
@@ -45,7 +44,7 @@ def test_heads_of_their_own_equal_a_plain_loop():
             for name in old:
                 then = before(**each.inputs, task=name).logits.detach()
                 loss = loss + 1.5 * old_term(plain(**each.inputs, task=name).logits, then)
-            step(loss, parameters)
+            descend(parameters, loss)
     assert_same_parameters(method.model, plain, 1e-10)
 
 
@@ -59,13 +58,13 @@ def test_classes_in_portions_with_a_warm_up_equal_a_plain_loop():
         if t:
             for each in batches(item.train_source, steps=2, stage=2 * t - 1):
                 logits = plain(**each.inputs).logits[:, seen : seen + 2]
-                step(F.cross_entropy(logits, each.labels - seen), list(plain.heads["task"].parameters()))
+                descend(plain.heads["task"].parameters(), F.cross_entropy(logits, each.labels - seen))
         for each in batches(item.train_source, stage=2 * t):
             logits = plain(**each.inputs).logits
             loss = F.cross_entropy(logits, each.labels)
             if t:
                 loss = loss + 1.5 * old_term(logits[:, :seen], before(**each.inputs).logits.detach()[:, :seen])
-            step(loss, list(plain.parameters()))
+            descend(plain.parameters(), loss)
     assert_same_parameters(method.model, plain, 1e-10)
 
 
@@ -141,15 +140,9 @@ def test_cut_anywhere_it_resumes_with_the_same_bits_even_beside_others(make, tmp
 
     def method():
         model = model_for(stream)
-        return LwF(model, warm_up=0.4) + L2(model, strength=0.1)
+        return LwF(model, warm_up=0.4) + L2(model, strength=0.1), stream
 
-    whole = method()
-    Trainer(whole, stream, settings(output_dir=str(tmp_path / "one"), steps=2, save=1, keep=100)).train()
-    for folder in Checkpoints(tmp_path / "one" / "checkpoints").all():
-        again = method()
-        Trainer(again, stream, settings(output_dir=str(tmp_path / "two"), steps=2)).train(resume=str(folder))
-        for name, value in whole.state_dict().items():
-            assert torch.equal(value, again.state_dict()[name]), f"{name} after {folder.name}"
+    assert_resumes_anywhere(method, tmp_path)
 
 
 def test_the_copy_is_no_part_of_the_model_and_is_held_once():

@@ -9,7 +9,7 @@ from hubtransfer.data import SingleTask, TaskStream
 from hubtransfer.methods.continual.mas import MAS
 from hubtransfer.models import DenseHead, TransferModel
 from tests.methods.continual.streams import domain_stream, model_for
-from tests.methods.steps import assert_same_parameters, batches_of, clone, run
+from tests.methods.steps import assert_same_parameters, batches_of, clone, descend, run
 from tests.tiny import tiny_backbone, tiny_data
 
 
@@ -54,10 +54,7 @@ def test_three_tasks_equal_a_plain_loop():
             loss = F.cross_entropy(plain(**each.inputs).logits, each.labels)
             if anchor is not None:
                 loss = loss + 0.5 * sum((o * (p - a).square()).sum() for o, p, a in zip(omega, parameters, anchor))
-            gradients = torch.autograd.grad(loss, parameters)
-            with torch.no_grad():
-                for p, g in zip(parameters, gradients):
-                    p.sub_(0.05 * g)
+            descend(parameters, loss)
         new = importance(plain, item.train)
         omega = new if omega is None else [o + n for o, n in zip(omega, new)]
         anchor = [p.detach().clone() for p in parameters]

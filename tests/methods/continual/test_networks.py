@@ -16,10 +16,9 @@ from hubtransfer.backbones import Backbone
 from hubtransfer.data import SingleTask, TaskStream
 from hubtransfer.methods import Method
 from hubtransfer.models import TransferModel
-from tests.contract.methods import NAMES, cls_of, example
+from tests.contract.methods import CONTINUAL, cls_of, example
 from tests.methods.steps import run, snapshot
 
-CONTINUAL = [name for name in NAMES if ".continual." in cls_of(name).__module__]
 NETWORKS = ("timm/test_resnet", "timm/test_vit", "bert")
 REFUSED = {
     ("den", "timm/test_resnet"): "a trunk of linear layers in a row",

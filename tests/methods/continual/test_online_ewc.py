@@ -8,7 +8,7 @@ from hubtransfer.methods.continual.ewc import EWC
 from hubtransfer.methods.continual.online_ewc import OnlineEWC
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
 from tests.methods.continual.test_ewc import fisher
-from tests.methods.steps import assert_same_parameters, batches_of, clone, run
+from tests.methods.steps import assert_same_parameters, batches_of, clone, descend, run
 
 
 def example(dtype=torch.float32, seed=0, n=24):
@@ -29,10 +29,7 @@ def test_three_tasks_equal_a_plain_loop(make):
             loss = F.cross_entropy(plain(**each.inputs, task=task).logits, each.labels)
             if anchor is not None:
                 loss = loss + 10 * sum((f * (p - a).square()).sum() for f, p, a in zip(importance, parameters, anchor))
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            with torch.no_grad():
-                for p, g in zip(parameters, gradients):
-                    p.sub_(0 if g is None else 0.05 * g)
+            descend(parameters, loss)
         new = fisher(plain.eval(), item.train, task, "label")
         importance = new if importance is None else [0.7 * f + g for f, g in zip(importance, new)]
         anchor = [p.detach().clone() for p in parameters]

@@ -9,7 +9,7 @@ from hubtransfer.data import TaskStream
 from hubtransfer.methods.continual.l2 import L2
 from hubtransfer.methods.continual.patch_per_task import PatchPerTask
 from tests.methods.continual.streams import class_stream, domain_stream, task_stream
-from tests.methods.steps import batches, changed, clone, run, snapshot
+from tests.methods.steps import batches, changed, clone, descend, run, snapshot
 from tests.tiny import tiny_backbone
 
 
@@ -82,10 +82,7 @@ def test_training_is_that_of_patch_and_head_on_the_own_classes():
     parameters = [*plain.patches["t1"].parameters(), *plain.heads["t1"].parameters()]
     for each in batches(stream[1].train_source, stage=3):
         loss = F.cross_entropy(plain(**each.inputs, task="t1").logits, each.labels - 2)
-        gradients = torch.autograd.grad(loss, parameters)
-        with torch.no_grad():
-            for parameter, gradient in zip(parameters, gradients):
-                parameter -= 0.05 * gradient
+        descend(parameters, loss)
     pixels = stream[1].train["pixel_values"]
     one, two = (m.eval()(pixel_values=pixels, task="t1").logits for m in (method.model, plain))
     torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hubtransfer.data import DataStream, SingleTask, TaskStream
 from hubtransfer.methods.continual.sequential import SequentialFineTune
 from tests.methods.continual.streams import class_stream, domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches_of, clone, run
+from tests.methods.steps import assert_same_parameters, batches_of, clone, descend, run
 from tests.tiny import tiny_data
 
 
@@ -26,10 +26,7 @@ def test_tasks_in_turn_equal_a_plain_loop():
             parameters = [*plain.backbone.parameters(), *head.parameters()]
             for each in batches_of(stream, item):
                 loss = F.cross_entropy(head(plain.backbone.trunk(each.inputs["pixel_values"])), each.labels)
-                gradients = torch.autograd.grad(loss, parameters)
-                with torch.no_grad():
-                    for parameter, gradient in zip(parameters, gradients):
-                        parameter -= 0.05 * gradient
+                descend(parameters, loss)
         assert_same_parameters(method.model, plain, 1e-6)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hubtransfer.methods.continual.si import SI
 from hubtransfer.methods.continual.task_free import TaskFree
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, run
+from tests.methods.steps import assert_same_parameters, batches, batches_of, clone, gradients_of, run
 
 
 def example(dtype=torch.float32, seed=0, n=24):
@@ -26,8 +26,7 @@ def plain_loop(model, stream, head, *, strength, damping, steps=3, lr=0.05, keep
         path, start = [torch.zeros_like(p) for p in parameters], [p.detach().clone() for p in parameters]
         for each in batches_of(stream, item, steps=steps):
             logits = model.heads[head(item)](model.backbone.trunk(each.inputs["pixel_values"]))
-            found = torch.autograd.grad(F.cross_entropy(logits, each.labels), parameters, allow_unused=True)
-            gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
+            gradients = gradients_of(F.cross_entropy(logits, each.labels), parameters)
             for p, g, w, o, a in zip(parameters, gradients, path, omega, anchor):
                 penalty = 2 * strength * o * (p.detach() - a)
                 move = -lr * (g + penalty)

@@ -9,7 +9,7 @@ from hubtransfer.functional.plateau import Plateau, plateau
 from hubtransfer.methods.continual.sequential import SequentialFineTune
 from hubtransfer.methods.continual.task_free import TaskFree
 from tests.methods.continual.streams import domain_stream, model_for, task_stream
-from tests.methods.steps import assert_same_parameters, batches_of, clone, run
+from tests.methods.steps import assert_same_parameters, batches_of, clone, descend, run
 from tests.tiny import tiny_data
 
 EASY = {"window": 2, "mean_below": 10.0, "variance_below": 10.0}  # every window is a plateau
@@ -48,10 +48,7 @@ def test_a_whole_run_equals_a_plain_loop():
             loss = losses.mean()
             if omega is not None:
                 loss = loss + 1.5 * sum((o * (p - a) ** 2).sum() for o, p, a in zip(omega, parameters, anchor))
-            gradients = torch.autograd.grad(loss, parameters)
-            with torch.no_grad():
-                for parameter, gradient in zip(parameters, gradients):
-                    parameter -= 0.05 * gradient
+            descend(parameters, loss)
         hardest = losses.detach().argsort(descending=True)[:6]
         x_hard, y_hard = x[hardest], y[hardest]
         if len(window) == 2:
