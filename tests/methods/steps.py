@@ -68,7 +68,8 @@ def changed(before: Mapping[str, Tensor], module: nn.Module) -> set[str]:
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     known = {id(value) for value in named.values()}
-    return named | {name: v for name, v in module.state_dict(keep_vars=True).items() if id(v) not in known}
+    saved = {name: v for name, v in module.state_dict(keep_vars=True).items() if id(v) not in known}
+    return named | {name: v for name, v in saved.items() if not name.endswith("_extra_state")}  # caches: no change
 
 
 def gradients_of(loss: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
