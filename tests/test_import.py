@@ -3,8 +3,10 @@
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,14 @@ def test_version_is_the_installed_one() -> None:
     from importlib.metadata import version
 
     assert ht.__version__ == version("hubtransfer")
+
+
+def test_what_is_imported_is_declared() -> None:
+    declared = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    named = {re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in declared["dependencies"]}
+    named |= {"yaml", "hubtransfer", *sys.stdlib_module_names}
+    for file in PACKAGE.rglob("*.py"):  # imports at the top: those within functions may need an extra
+        for node in ast.parse(file.read_text()).body:
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert {module.partition(".")[0] for module in modules} <= named, file

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from hubtransfer import cli, config
+from hubtransfer.commands.report import gains, single_task
+from hubtransfer.experiment import read_results
 
 RECIPE = {
     "method": {"name": "ensemble"},
@@ -60,6 +62,34 @@ def test_a_results_file_tells_the_gain(trained: Path, capsys: pytest.CaptureFixt
     ]
     assert [row["mean"] for row in rows] == pytest.approx(expected) and expected[0] == 0
     assert (trained / "plots" / "two_pareto.png").stat().st_size > 5000
+
+
+def results_file(path: Path, cells: list[tuple[int, dict[str, float]]]) -> Path:
+    rows = [{"seed": seed, "overrides": {}, "numbers": numbers} for seed, numbers in cells]
+    path.write_text(json.dumps({"cells": rows}))
+    return path
+
+
+def gained(path: Path, *baselines: Path) -> list[float]:
+    return [row["mean"] for row in gains(read_results(path), single_task([str(b) for b in baselines], ()))]
+
+
+def test_each_task_may_have_a_baseline_of_its_own(tmp_path: Path) -> None:
+    """Seed 1: (0.9/0.6 - 1 + 0.6/0.5 - 1) / 2 = 0.35; seed 2: (0.9/0.9 - 1 + 0.6/0.4 - 1) / 2 = 0.25."""
+    both = results_file(tmp_path / "both.json", [(s, {"left/accuracy": 0.9, "right/accuracy": 0.6}) for s in (1, 2)])
+    left = results_file(tmp_path / "left.json", [(1, {"left/accuracy": 0.6}), (2, {"left/accuracy": 0.9})])
+    right = results_file(tmp_path / "right.json", [(1, {"right/accuracy": 0.5}), (2, {"right/accuracy": 0.4})])
+    assert gained(both, left, right) == gained(both, right, left) == [pytest.approx((0.35 + 0.25) / 2)]
+    other = results_file(tmp_path / "other.json", [(7, {"right/accuracy": 0.4}), (8, {"right/accuracy": 0.8})])
+    one = (0.9 / 0.6 + 0.6 / 0.6) / 2 - 1, (0.9 / 0.9 + 0.6 / 0.6) / 2 - 1  # of seeds that are not there the mean
+    assert gained(both, left, other) == [pytest.approx(sum(one) / 2)]
+    with pytest.raises(ValueError, match=r"both.json and .*left.json both tell of 'left/accuracy'; give one"):
+        gained(both, left, both)
+    twice = results_file(tmp_path / "twice.json", [(1, {"left/accuracy": 0.6}), (1, {"left/accuracy": 0.7})])
+    with pytest.raises(ValueError, match=r"twice.json tells more than once of 'left/accuracy'"):
+        gained(both, twice)
+    with pytest.raises(ValueError, match=r"have no 'right/accuracy'; they have left/accuracy$"):
+        gained(both, left)
 
 
 def test_runs_and_cards_tell_the_gain(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

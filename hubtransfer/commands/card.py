@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hubtransfer.backbones import Backbone
-from hubtransfer.commands.report import draw_pareto, single_task
+from hubtransfer.commands.report import draw_pareto, single_numbers, single_task
 from hubtransfer.evaluation import report
 from hubtransfer.evaluation.multitask import first_metrics, relative_gain
 from hubtransfer.models import TransferModel, card
@@ -54,7 +54,7 @@ def _with_gain(record: dict[str, Any] | None, folder: Path, baselines: Sequence[
         raise ValueError(
             f"nothing was measured for {folder}, so there is no gain over {', '.join(baselines)} to tell of"
         )
-    single = report.mean_numbers(single_task(baselines, ()))
+    single = single_numbers(single_task(baselines, ()))
     first = record["results"][0]
     gain = {
         "task": "all tasks",
@@ -73,7 +73,7 @@ def _with_picture(
     """The record with a plot of the model beside single-task training, drawn into the folder."""
     if len(first_metrics(measured)) != 2:
         return record
-    numbers = {"this model": measured, "single task": report.mean_numbers(single_task(baselines, ()))}
+    numbers = {"this model": measured, "single task": single_numbers(single_task(baselines, ()))}
     draw_pareto([{"overrides": {}, "name": name, "numbers": of} for name, of in numbers.items()], folder / PARETO)
     return {**record, "plots": [*record.get("plots", ()), PARETO]}
 

@@ -19,8 +19,8 @@ def run(path: str, as_json: bool, baselines: Sequence[str] = (), plots: str | No
     Args:
         path: Results file, or folder of runs.
         as_json: Print JSON in place of tables.
-        baselines: Single-task runs (folders or results files), or `key=value`: which rows of the results file itself
-            are the single-task ones. Shown is then the relative gain over them.
+        baselines: Single-task runs (folders or results files, one for each task or of all), or `key=value`: which
+            rows of the results file itself are the single-task ones. Shown is then the relative gain over them.
         plots: Folder for pictures of what two tasks reach.
 
     Raises:
@@ -40,7 +40,7 @@ def run(path: str, as_json: bool, baselines: Sequence[str] = (), plots: str | No
         tables[name] += scores(records)
     alone = {str(folder): report.read_run(folder) for folder in runs}
     gained = {
-        name: relative_gain(report.numbers(found.record), report.mean_numbers(single_task(baselines, ())))
+        name: relative_gain(report.numbers(found.record), single_numbers(single_task(baselines, ())))
         for name, found in (alone.items() if baselines else ())
     }
     if plots is not None:
@@ -62,38 +62,60 @@ def run(path: str, as_json: bool, baselines: Sequence[str] = (), plots: str | No
             print(f"plot: {plot}")
 
 
-def single_task(baselines: Sequence[str], records: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The numbers of single-task runs, one mapping a seed or run.
+Baselines = dict[int | None, dict[str, float]]
+"""Numbers of single-task training by seed; under None the means of runs, whose seed is not known."""
+
+
+def single_task(baselines: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Baselines:
+    """The numbers of single-task training: each task's from one results file, or from one or more runs.
 
     Raises:
         FileNotFoundError: there is no such run or file.
-        ValueError: no row of the results file is meant.
+        ValueError: no row of the results file is meant, or several rows of one seed tell of the same task.
     """
-    found: list[dict[str, float]] = []
-    for baseline in baselines:
-        key, equals, value = baseline.partition("=")
-        place = Path(baseline)
-        if place.is_dir():
-            found.append(report.numbers(report.read_run(place).record))
-        elif place.is_file():
-            found += [{**cell["numbers"], "seed": cell["seed"]} for cell in experiment.read_results(place)]
-        elif equals:
-            meant = [c for c in records if str(c["overrides"].get(key)) == value]
-            if not meant:
-                known = sorted({f"{k}={v}" for c in records for k, v in c["overrides"].items()})
-                raise ValueError(f"no row has {baseline}; there are: {', '.join(known) or 'no alternatives'}")
-            found += [{**cell["numbers"], "seed": cell["seed"]} for cell in meant]
-        else:
-            raise FileNotFoundError(f"{baseline} is neither a finished run, a results file nor key=value")
+    found: Baselines = {}
+    folders = [baseline for baseline in baselines if Path(baseline).is_dir()]
+    if folders:
+        found[None] = report.mean_numbers([report.numbers(report.read_run(folder).record) for folder in folders])
+    told = dict.fromkeys(found.get(None, {}), ", ".join(folders))
+    for baseline in (baseline for baseline in baselines if baseline not in folders):
+        for cell in _rows(baseline, records):
+            own = found.setdefault(cell["seed"], {})
+            for name, number in cell["numbers"].items():
+                other = told.setdefault(name, baseline)
+                if other != baseline or name in own:
+                    who = "tells more than once" if other == baseline else f"and {other} both tell"
+                    raise ValueError(
+                        f"{baseline} {who} of {name!r}; give one baseline a task, with one row a seed (or folders of "
+                        "runs, which name their task even where a results file does not)"
+                    )
+                own[name] = number
     return found
 
 
-def gains(records: Sequence[Mapping[str, Any]], single: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+def _rows(baseline: str, records: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The rows of a results file, or those of `records` that `key=value` means."""
+    key, equals, value = baseline.partition("=")
+    if Path(baseline).is_file():
+        return experiment.read_results(Path(baseline))
+    if not equals:
+        raise FileNotFoundError(f"{baseline} is neither a finished run, a results file nor key=value")
+    meant = [c for c in records if str(c["overrides"].get(key)) == value]
+    if not meant:
+        known = sorted({f"{k}={v}" for c in records for k, v in c["overrides"].items()})
+        raise ValueError(f"no row has {baseline}; there are: {', '.join(known) or 'no alternatives'}")
+    return meant
+
+
+def single_numbers(single: Baselines, seed: int | None = None) -> dict[str, float]:
+    """The single-task numbers to compare with: each of the same seed where there is such, else the mean."""
+    return {**report.mean_numbers(list(single.values())), **single.get(seed, {})}
+
+
+def gains(records: Sequence[Mapping[str, Any]], single: Baselines) -> list[dict[str, Any]]:
     """Rows of the relative gain over single-task numbers: of the same seed where there are such, else their mean."""
-    by_seed = {numbers["seed"]: numbers for numbers in single if "seed" in numbers}
-    mean = report.mean_numbers(single)
     measured = [
-        {**cell, "numbers": {"relative_gain": relative_gain(cell["numbers"], by_seed.get(cell["seed"], mean))}}
+        {**cell, "numbers": {"relative_gain": relative_gain(cell["numbers"], single_numbers(single, cell["seed"]))}}
         for cell in records
     ]
     return experiment.summarise(measured)
