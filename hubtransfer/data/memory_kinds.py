@@ -31,6 +31,8 @@ from hubtransfer.data.slot_tree import SlotTree
 class Reservoir(MemoryConfig):
     """Every example of the stream so far is kept with equal probability size / seen.
 
+    Slots that `drop` has freed go to the next examples.
+
     Source: https://doi.org/10.1145/3147.3165, algorithm R.
     """
 
@@ -147,9 +149,9 @@ class _Reservoir(Memory):
         random = self.uniform(count)
         slots = (random * (numbers + 1)).astype(np.int64)  # uniform on 0 ... number, the example itself included
         slots[slots >= self.size] = -1
-        if self.seen < self.size:
-            slots = np.where(numbers < self.size, numbers, slots)
-        self.filled = min(self.size, self.seen + count)
+        free = min(count, self.size - self.filled)
+        slots[:free] = np.arange(self.filled, self.filled + free)
+        self.filled += free
         return slots
 
 

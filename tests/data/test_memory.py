@@ -79,6 +79,18 @@ def test_a_reservoir_of_one_keeps_the_second_example_half_of_the_time():
     assert abs(kept - 200) < 50  # 5 standard deviations
 
 
+def test_slots_that_a_reservoir_forgot_go_to_the_next_examples():
+    memory = Reservoir(6).build()
+    memory.add(numbered(0, 4))
+    memory.drop(torch.tensor([1, 3]))
+    memory.add(numbered(10, 3))
+    assert kept_numbers(memory) == [0, 2, 10, 11, 12]
+    memory.add(numbered(20, 1))
+    memory.drop(torch.tensor([0, 1]))  # 8 were seen, and nothing forgotten comes back
+    memory.add(numbered(30, 1))
+    assert kept_numbers(memory) == [10, 11, 12, 20, 30]
+
+
 def test_a_ring_keeps_the_newest_of_each_task_and_shares_shrink():
     memory = Ring(6).build()
     memory.add(numbered(0, 10), task=0)
