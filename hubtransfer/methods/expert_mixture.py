@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hubtransfer.data import Batch
@@ -32,23 +31,30 @@ class ExpertMixture(ContinualMethod):
             `classifier_lr`.
         task: Task of the head (default: the active one).
 
-    Attributes:
-        learned_by: n, of each expert.
     """
-
-    learned_by: Tensor
 
     def __init__(self, model: TransferModel, config: Any, *, task: str | None = None) -> None:
         super().__init__(model, config, task=task)
         self.size = math.prod(need_one_shape(self))  # numbers of an input
-        self.register_buffer("learned_by", torch.zeros(0))
         if NEW not in model.tasks:
             self.add_density(NEW, 0)
 
     @property
     def experts(self) -> list[str]:
         """Names of the tasks that are the experts' classifiers."""
-        return [self.task, *(f"expert-{k}" for k in range(1, len(self.learned_by)))][: len(self.learned_by)]
+        names = [self.task, *(f"expert-{k}" for k in range(1, len(self.model.tasks)))]
+        return [name for name in names if f"{name} inputs" in self.model.tasks]
+
+    @property
+    def learned_by(self) -> Tensor:
+        """How many examples each expert has learned, n, (experts,)."""
+        counts = [self.density(f"{name} inputs").learned for name in self.experts]
+        return torch.stack(counts) if counts else torch.zeros(0)
+
+    def count(self, examples: Tensor) -> None:
+        """Adds to how many examples each expert has learned, (experts,)."""
+        for name, number in zip(self.experts, examples):
+            self.density(f"{name} inputs").learned += number
 
     def add_density(self, name: str, number: int) -> None:
         """Gives the model an autoencoder."""
@@ -59,14 +65,14 @@ class ExpertMixture(ContinualMethod):
 
     def add_expert(self) -> None:
         """Gives the model another expert, which has learned nothing yet."""
-        number, earlier = len(self.learned_by), self.experts
-        self.learned_by = F.pad(self.learned_by, (0, 1))
+        number, earlier = len(self.experts), self.experts
+        name = f"expert-{number}" if number else self.task
         if number > 0:
             first = self.model.tasks[self.task].head
             with seeded(seed_of("expert", number)):
                 patch = ColumnConfig(columns=tuple(earlier[1:]), seed=number)
-                self.model.add_task(f"expert-{number}", first, patch=patch).set_task(self.task)
-        self.add_density(f"{self.experts[-1]} inputs", number + 1)
+                self.model.add_task(name, first, patch=patch).set_task(self.task)
+        self.add_density(f"{name} inputs", number + 1)
 
     def groups(self) -> dict[str, Any]:
         """The newest expert's classifier, `model`, and autoencoder, `generator`; and both of each expert, by its name.
@@ -100,12 +106,6 @@ class ExpertMixture(ContinualMethod):
             return super().predict(batch, task)
         joint = self.learned_by.log() + self.evidence(batch.inputs["pixel_values"])
         return (joint[:, :, None] + self.answers(batch)).logsumexp(1)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        saved = state_dict.get(f"{prefix}learned_by")
-        if saved is not None:
-            self.learned_by = self.learned_by.new_empty(saved.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def group_of(expert: str) -> str:

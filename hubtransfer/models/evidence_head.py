@@ -21,10 +21,12 @@ class InputDensity(nn.Module):
     Attributes:
         span: Lowest and highest number of an input, (2,), between which inputs are scaled to [0, 1].
         codes: Fixed standard normal numbers, (samples, latent), with which evidence is measured.
+        learned: How many examples it has learned, a scalar: its weight in a mixture, counted by whoever trains it.
     """
 
     span: Tensor
     codes: Tensor
+    learned: Tensor
 
     def __init__(self, size: int, hidden: tuple[int, ...], latent: int, samples: int) -> None:
         super().__init__()
@@ -33,6 +35,7 @@ class InputDensity(nn.Module):
         self.decoder = perceptron((latent, *reversed(hidden), size), nn.ReLU)
         self.register_buffer("span", torch.tensor([0.0, 1.0]))
         self.register_buffer("codes", torch.randn(samples, latent, generator=torch.Generator().manual_seed(0)))
+        self.register_buffer("learned", torch.zeros(()))
 
     def forward(self, inputs: Tensor, noise: Tensor | None = None) -> Tensor:
         """Returns the evidence lower bound of inputs (batch, ...), (batch,), in nats.
@@ -88,7 +91,10 @@ class EvidenceHead(HeadConfig):
         """Makes the autoencoder, on the backbone's device and in its precision."""
         module = InputDensity(self.size, self.hidden, self.latent, self.samples)
         like = next((p for p in backbone.trunk.parameters() if p.is_floating_point()), None)
-        return module if like is None else module.to(like.device, like.dtype)
+        if like is not None:
+            module.to(like.device, like.dtype)
+            module.learned = module.learned.to(torch.promote_types(like.dtype, torch.float32))  # a count stays exact
+        return module
 
     def logits(self, module: nn.Module, features: Features, inputs: Inputs | None = None) -> Tensor:
         """Returns the evidence of inputs, (batch, 1).

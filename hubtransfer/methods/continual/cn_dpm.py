@@ -184,7 +184,7 @@ class CNDPM(ExpertMixture, name="cn_dpm", config=CNDPMConfig):
         """Puts what is new into the memory and counts who learns the rest; returns minus the log of p, `evidence`."""
         is_new, shares, best = batch.once("judged", lambda: self.judged(batch))
         self.usage = everywhere(shares).sum(0)
-        self.learned_by += self.usage
+        self.count(self.usage)
         keep = everywhere(is_new)
         everyone = Batch({n: everywhere(v) for n, v in batch.inputs.items()}, everywhere(self.labels(batch)))
         if keep.any():
@@ -239,7 +239,7 @@ class CNDPM(ExpertMixture, name="cn_dpm", config=CNDPMConfig):
 
     def wake_up(self, runtime: "Runtime") -> None:
         """Counts what the newest expert has learned, and empties the memory."""
-        self.learned_by[-1] += len(self.memory)
+        self.density(f"{self.experts[-1]} inputs").learned += len(self.memory)
         self.memory.drop(torch.arange(len(self.memory)))
 
 

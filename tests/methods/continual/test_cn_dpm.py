@@ -26,7 +26,7 @@ def grown(experts=2, **options):
     for _ in range(experts):
         method.grow("add_expert")
     method.double()
-    method.learned_by += torch.arange(experts) + 3
+    method.count(torch.arange(experts) + 3)
     return method.eval()
 
 
@@ -159,15 +159,20 @@ def test_new_classes_make_a_new_expert_and_the_old_one_keeps_its_own():
 
 
 def test_a_loaded_model_answers_as_the_mixture(tmp_path):
-    method, stream = example()
-    run(method, stream)
+    """What a saved model holds is all that the mixture needs, and what it needs to learn on."""
+    method, stream = grown(), domain_stream(dtype=torch.float64)
     method.model.save_pretrained(tmp_path)
-    loaded = ht.TransferModel.from_pretrained(tmp_path, backbone=tiny_backbone("mlp", seed=3))
-    pixels = stream[0].train["pixel_values"]
-    for name in method.experts:
-        density = f"{name} inputs"
-        one, two = (m.eval()(pixel_values=pixels, task=density).logits for m in (method.model, loaded))
-        assert torch.equal(one, two)
+    loaded = ht.TransferModel.from_pretrained(tmp_path, backbone=tiny_backbone("mlp", torch.float64, 3))
+    again = CNDPM(loaded, samples=3, portion=24, **QUICK)
+    assert again.experts == method.experts == ["task", "expert-1"]
+    assert again.learned_by.tolist() == [3, 4]
+    (each,) = batches(stream[0].train_source, steps=1)
+    with torch.no_grad():
+        answers = [m.eval().predict(each, "task") for m in (method, again)]
+        assert torch.equal(*answers)
+        assert not torch.allclose(answers[0], loaded(**each.inputs, task="task").logits)
+    run(again, stream)
+    assert again.learned_by.sum() + len(again.memory) == pytest.approx(3 + 4 + 48)
 
 
 def test_streams_that_tell_the_task_are_refused():
