@@ -28,9 +28,17 @@ class Combine(ABC):
             One gradient for each parameter.
         """
 
+    def weighing(self) -> "Combine | None":
+        """Returns the rule by which terms are weighed against one another, `None` where further ones, first, add up."""
+        return self
+
 
 class Sum(Combine):
     """The gradient of the sum of all terms. The only combination that Accelerate's own engine can run."""
+
+    def weighing(self) -> Combine | None:
+        """Returns `None`; a subclass may weigh."""
+        return None if type(self) is Sum else self
 
     def from_rows(self, rows: Sequence[Gradients], losses: Tensor) -> Gradients:
         """Adds the rows up."""

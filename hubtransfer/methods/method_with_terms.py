@@ -107,9 +107,10 @@ class MethodWithTerms(Method):
         (*others, update) = stage.updates
         if others or not isinstance(update, Descend):
             raise ValueError(f"{where}it makes {stage.shape}; terms join a single `Descend`")
-        rules = {type(update.rule(group)) for group in update.groups()} - {Sum}
-        if rules:
-            raise ValueError(f"{where}{rules.pop().__name__} weighs the gradients of its terms against one another")
+        rules = [update.rule(group) for group in update.groups()]
+        ruled = [found for rule in rules if (found := rule.weighing()) is not None]
+        if ruled:
+            raise ValueError(f"{where}{type(ruled[0]).__name__} weighs the gradients of its terms against one another")
         if "model" not in update.groups():
             raise ValueError(f"{where}it trains {', '.join(update.groups())}, not the group 'model'")
 
@@ -119,15 +120,17 @@ class MethodWithTerms(Method):
             for part in self.parts:
                 part.after(batch)
 
-        return replace(update, loss=self._with_terms(update.loss), after=after)
+        plain = all(type(rule) is Sum for rule in rules)
+        return replace(update, loss=self._with_terms(update.loss, first=not plain), after=after)
 
-    def _with_terms(self, loss: Loss) -> Loss:
+    def _with_terms(self, loss: Loss, first: bool) -> Loss:
         def joined(batch: Batch) -> Terms:
             with _overheard(self.model, self.task, batch, self.layers) as outputs:
                 terms = loss(batch)
             if not outputs:
                 outputs.append(self.model(**batch.inputs, task=self.task, layers=self.layers))
-            return {**terms, **joint_terms(self.parts, self.reads, outputs[0], batch)}
+            added = joint_terms(self.parts, self.reads, outputs[0], batch)
+            return {**added, **terms} if first else {**terms, **added}  # a rule knows penalties as the last terms
 
         return joined
 

@@ -167,6 +167,10 @@ class Beside(Combine):
         self.rule, self.parameters, self.observers = rule, parameters, observers
         self.extra = 0
 
+    def weighing(self) -> Combine | None:
+        """Returns what weighs the method's own terms."""
+        return self.rule.weighing()
+
     def from_rows(self, rows: Sequence[Gradients], losses: Tensor) -> Gradients:
         """Combines the method's rows, shows the result to whoever observes it, and adds the penalties' rows."""
         own = len(rows) - self.extra

@@ -16,6 +16,7 @@ from hubtransfer.methods.continual.gem import GEM
 from hubtransfer.methods.continual.l2 import L2
 from hubtransfer.methods.continual.lwf import LwF
 from hubtransfer.methods.continual.ncm import NCM
+from hubtransfer.methods.continual.si import SI
 from hubtransfer.methods.distillation.kd import KD
 from hubtransfer.models import NearestMeanHead, Teacher
 from tests.contract.methods import CONTINUAL, example
@@ -25,8 +26,11 @@ from tests.methods.steps import (
     assert_resumes_anywhere,
     assert_same_parameters,
     batches,
+    batches_of,
     clone,
     descend,
+    gradients_of,
+    move,
     run,
     watch_draws,
 )
@@ -55,7 +59,6 @@ REFUSED = {
         "ncm": "Accumulate; terms join a single `Descend`",
         "patch_per_task": "new head has classes of its own, which no teacher shares",
         "ranpac": "Accumulate; terms join a single `Descend`",
-        "si": "Beside",
     },
 }
 """Strategies that take no further terms, and the reason that they give: all others do."""
@@ -118,6 +121,42 @@ def test_der_plus_plus_and_a_teacher_are_its_loss_and_the_teachers_answers_to_th
         kept = torch.cat([kept, logits.detach()])
         descend(plain.parameters(), loss + 0.5 * 4 * taught)
     assert_same_parameters(model, plain, 1e-12)
+
+
+def test_si_measures_with_the_teachers_gradient_and_without_its_own_penalty():
+    """L = CE + 0.5 * 4 KL + 0.5 Omega (theta - theta*)^2, of which g is the gradient of the first two terms."""
+    stream = domain_stream(2, dtype=torch.float64)
+    model = model_for(stream, dtype=torch.float64)
+    teacher = Teacher(tiny_model(kind="mlp", dtype=torch.float64, seed=5))
+    plain, theirs = clone(model), clone(teacher.model).eval()
+    method = SI(model, strength=0.5, damping=0.1) + KD(model, teacher, alpha=0.5, temperature=2.0)
+    run(method, stream)
+    parameters = list(plain.parameters())
+    omega, anchor = [torch.zeros_like(p) for p in parameters], [p.detach().clone() for p in parameters]
+    for item in stream:
+        path, start = [torch.zeros_like(p) for p in parameters], [p.detach().clone() for p in parameters]
+        for each in batches_of(stream, item):
+            logits = plain(**each.inputs).logits
+            target = (theirs(**each.inputs).logits / 2).softmax(1).detach()
+            taught = (target * (target.log() - (logits / 2).log_softmax(1))).sum(1).mean()
+            own = gradients_of(F.cross_entropy(logits, each.labels) + 2 * taught, parameters)
+            steps = [g + o * (p.detach() - a) for g, o, p, a in zip(own, omega, parameters, anchor)]
+            path = [w + g * 0.05 * s for w, g, s in zip(path, own, steps)]
+            move(parameters, steps)
+        moved = [p.detach() - s for p, s in zip(parameters, start)]
+        omega = [o + w.clamp(min=0) / (m.square() + 0.1) for o, w, m in zip(omega, path, moved)]
+        anchor = [p.detach().clone() for p in parameters]
+    assert_same_parameters(model, plain, 1e-12)
+    for (name, p), expected in zip(plain.named_parameters(), omega):
+        torch.testing.assert_close(method.method.importance.like(name, p), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_teacher_beside_a_projection_and_a_penalty_names_the_projection():
+    stream = domain_stream()
+    model = model_for(stream)
+    both = GEM(model) + SI(model)
+    with pytest.raises(ValueError, match="GEMProjection weighs the gradients of its terms against one another"):
+        list((both + KD(model, Teacher(tiny_model(kind="mlp", seed=5)))).stages(stream))
 
 
 def test_a_patch_a_task_with_old_answers_kept_cut_anywhere_resumes_with_the_same_bits(tmp_path):
