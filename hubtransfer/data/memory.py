@@ -226,8 +226,8 @@ class Memory(nn.Module, ABC):
         elif column.shape[1:] != like.shape[1:]:
             tokens = name.startswith("input_") and column.dim() == like.dim() == 2 and not like.is_floating_point()
             if not tokens:
-                shapes = f"{tuple(column.shape[1:])}, not {tuple(like.shape[1:])}"
-                raise ValueError(f"{type(self).__name__} keeps {name.partition('_')[2] or name} of shape {shapes}")
+                told = f"keeps {name.partition('_')[2] or name} of shape {tuple(column.shape[1:])}"
+                raise ValueError(f"{type(self).__name__} {told}, not {tuple(like.shape[1:])}; resize or pad them")
             if like.shape[1] > column.shape[1]:
                 column = F.pad(column, (0, like.shape[1] - column.shape[1]))
                 setattr(self, name, column)

@@ -97,8 +97,10 @@ def rotated_tasks(
         A stream with tasks ``rotated-1`` ...
 
     Raises:
-        ValueError: fewer than one task, kind ``"class"``, or inputs that are no images of one size.
+        ValueError: fewer than one task, an infinite angle, kind ``"class"``, or inputs that are no images of one size.
     """
+    if not math.isfinite(max_angle):
+        raise ValueError(f"max_angle must be a finite number of degrees, got {max_angle}")
     turns = []
     for number in range(_positive(tasks)):
         angle = angle_of(number, max_angle, seed)
@@ -261,7 +263,7 @@ def domain_tasks(
         evaluation: the like.
         column: name of the domain.
         kind: of the stream.
-        shuffle: whether domains come in a random order, not in the order of their names.
+        shuffle: whether domains come in a random order, not in the order of their names or numbers.
         seed: of that order.
         columns: renames, canonical name -> column.
         name: for messages and tables.
@@ -271,6 +273,7 @@ def domain_tasks(
     """
     tables = [Table.of(one, name or "data set") for one in (train, evaluation) if one is not None]
     groups: list[dict[str, Tensor]] = []
+    numbered = True
     for table in tables:
         table.require(column)
         values = table.column(column)
@@ -279,8 +282,9 @@ def domain_tasks(
         found: dict[str, list[int]] = {}
         for row, value in enumerate(values.tolist() if isinstance(values, Tensor) else values):
             found.setdefault(str(value), []).append(row)
+            numbered &= type(value) is int
         groups.append({domain: torch.tensor(rows) for domain, rows in found.items()})
-    domains = sorted(groups[0])
+    domains = sorted(groups[0], key=int if numbered else None)
     if shuffle:
         generator = torch.Generator().manual_seed(seed_of("domain order", seed))
         domains = [domains[i] for i in torch.randperm(len(domains), generator=generator).tolist()]
@@ -308,8 +312,8 @@ def blurred_stream(tasks: TaskStream, *, blur: float = 0.0, seed: int = 0) -> Da
     Raises:
         ValueError: negative blur, or a stream of tasks with heads of their own.
     """
-    if blur < 0:
-        raise ValueError(f"blur must not be negative, got {blur}")
+    if not 0 <= blur < math.inf:
+        raise ValueError(f"blur must be finite and not negative, got {blur}")
     if tasks.kind == "task":
         raise ValueError("in a stream without boundaries no example knows its head: use kind 'class' or 'domain'")
     random = np.random.default_rng(seed_of("blur", seed))

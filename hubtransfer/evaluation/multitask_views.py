@@ -8,7 +8,7 @@ from typing import Any
 
 from hubtransfer.evaluation.confidence import mean_interval
 from hubtransfer.evaluation.multitask import is_better_when_greater, pareto_front
-from hubtransfer.evaluation.plots import COLOURS, DASHES, GREY, Path, _figure, _mark_stages
+from hubtransfer.evaluation.plots import COLOURS, DASHES, GREY, Path, figure_at, mark_stages
 
 MARKERS = "osD^vP*Xh<>"
 
@@ -52,7 +52,7 @@ def over_time(rows: Sequence[Mapping[str, Any]], path: Path, what: str = "weight
     groups = watched_groups(rows)
     if what not in groups:
         raise ValueError(f"the log has no course of {what!r} to draw; it has {', '.join(groups) or 'none'}")
-    with _figure(path, 5.6, 3.4) as figure:
+    with figure_at(path, 5.6, 3.4) as figure:
         axis = figure.subplots()
         for number, (name, (steps, values)) in enumerate(groups[what].items()):
             colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
@@ -61,7 +61,7 @@ def over_time(rows: Sequence[Mapping[str, Any]], path: Path, what: str = "weight
         axis.set(xlabel="step", ylabel=what)
         drawn = [row for row in rows if row.get("watched")]
         title = f"{what[:1].upper()}{what[1:]} over time"
-        axis.set_title(title, pad=18 if _mark_stages(axis, drawn) else None)
+        axis.set_title(title, pad=18 if mark_stages(axis, drawn) else None)
         axis.legend(fontsize=8)
 
 
@@ -91,7 +91,7 @@ def pareto(
     good = [[(1 if up else -1) * one.mean for up, one in zip(greater, both)] for both in found.values()]
     front = sorted(pareto_front(good), key=lambda k: good[k][0])
     means = [[one.mean for one in both] for both in found.values()]
-    with _figure(path, 6.4, 4.2) as figure:
+    with figure_at(path, 6.4, 4.2) as figure:
         axis = figure.subplots()
         axis.plot(
             [means[k][0] for k in front],

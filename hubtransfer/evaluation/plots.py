@@ -43,7 +43,7 @@ _STYLE: Any = {
 
 
 @contextmanager
-def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+def figure_at(path: Path, width: float, height: float) -> Iterator[Figure]:
     """A figure that is written when the block ends; neither pyplot's state nor the display is touched."""
     try:
         from matplotlib import rc_context
@@ -78,12 +78,12 @@ def learning_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         ("Learning rate", "learning rate", _series(rows, "lr")),
     ]
     panels = [panel for panel in panels if panel[2]]
-    with _figure(path, 4.6 * len(panels), 3.4) as figure:
+    with figure_at(path, 4.6 * len(panels), 3.4) as figure:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, (title, unit, series) in zip(axes, panels):
             _draw_series(axis, series)
             axis.set(xlabel="step", ylabel=unit or _metric_label(series))
-            axis.set_title(title, pad=18 if _mark_stages(axis, rows) else None)
+            axis.set_title(title, pad=18 if mark_stages(axis, rows) else None)
             if title == "Training loss" and _spans_decades(series):
                 axis.set_yscale("log")
 
@@ -106,7 +106,7 @@ def confusion_matrix(counts: Sequence[Sequence[int]], names: Sequence[str], path
     shares = [[value / total for value in row] for row, total in zip(counts, totals)]
     right, every = sum(counts[i][i] for i in range(size)), sum(map(sum, counts))
     side = min(12.0, max(3.6, 0.5 * size + 1.6)) if size <= NAMES_AT_MOST else 8.0
-    with _figure(path, side + 0.9, side) as figure:
+    with figure_at(path, side + 0.9, side) as figure:
         axis = figure.subplots()
         axis.grid(False)
         image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -138,7 +138,7 @@ def reliability_diagram(bins: Mapping[str, Sequence[float]], path: Path) -> None
     centres = [(m + 0.5) / number for m in range(number)]
     filled = [m for m in range(number) if bins["count"][m]]
     error = calibration_error({name: list(values) for name, values in bins.items()})
-    with _figure(path, 4.6, 5.0) as figure:
+    with figure_at(path, 4.6, 5.0) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         upper.bar(
             [centres[m] for m in filled],
@@ -203,7 +203,7 @@ def pair_table(
     values = [[cells.get((row, column), math.nan) for column in names[1]] for row in names[0]]
     top = max(max(cells.values()), 1e-12)
     width, height = 1.0 * len(names[1]) + 2.6, 0.62 * len(names[0]) + 1.4
-    with _figure(path, max(width, 4.2), max(height, 2.4)) as figure:
+    with figure_at(path, max(width, 4.2), max(height, 2.4)) as figure:
         axis = figure.subplots()
         axis.grid(False)
         image = axis.imshow(values, cmap="Blues", vmin=min(0.0, *cells.values(), 0.0), vmax=top, aspect="auto")
@@ -250,7 +250,7 @@ def comparison(runs: Sequence[Compared], path: Path, metric: str = "accuracy", p
     ordered = sorted(runs, key=lambda run: math.fsum(run.values) / len(run.values))
     found = [mean_interval(run.values) for run in ordered]
     places = range(len(ordered))
-    with _figure(path, 9.0, 1.3 + 0.42 * len(ordered)) as figure:
+    with figure_at(path, 9.0, 1.3 + 0.42 * len(ordered)) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         for place, one in zip(places, found):
             left.plot([scale * one.low, scale * one.high], [place, place], color=COLOURS[0], linewidth=2.2)
@@ -323,7 +323,7 @@ def _spans_decades(series: Series) -> bool:
     return min(values) > 0 and max(values) / min(values) > 100
 
 
-def _mark_stages(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> bool:
+def mark_stages(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> bool:
     """A thin line where one stage ends and the next begins, with names above; False when there is but one."""
     ends: dict[str, int] = {}
     for row in rows:

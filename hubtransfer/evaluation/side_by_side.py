@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any, NamedTuple
 
 from hubtransfer.evaluation.confidence import Interval, mean_interval
-from hubtransfer.evaluation.plots import COLOURS, DASHES, GREY, _figure
+from hubtransfer.evaluation.plots import COLOURS, DASHES, GREY, figure_at
 
 LINE_FROM = 3
 """Columns that a row needs to be drawn as a line."""
@@ -87,7 +87,7 @@ def draw(
     colours = {row.name: COLOURS[k % len(COLOURS)] for k, row in enumerate(lines)}
     unit = f"{metric.replace('_', ' ')}{' (%)' if scale == 100 else ''}"
     panels = len(shown) + bool(lines)
-    with _figure(path, 4.4 * panels, max(4.0, 1.2 + 0.24 * len(rows))) as figure:
+    with figure_at(path, 4.4 * panels, max(4.0, 1.2 + 0.24 * len(rows))) as figure:
         axes = list(figure.subplots(1, panels, squeeze=False)[0])
         if lines:
             _lines(axes.pop(0), lines, colours, unit, columns, scale)

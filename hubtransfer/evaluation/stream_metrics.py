@@ -55,7 +55,7 @@ def forward_transfer(matrix: Matrix, baseline: Sequence[float]) -> float:
 
 
 def forgetting(matrix: Matrix) -> float:
-    r"""How far tasks fell below their best, `F = 1/(T-1) \sum_{i<T} (\max_{t<T} R_{t,i} - R_{T,i})`.
+    r"""How far tasks fell below their best, `F = 1/(T-1) \sum_{i<T} (\max_{i \le t < T} R_{t,i} - R_{T,i})`.
 
     Source: https://arxiv.org/abs/1801.10112, section 3.2. Negative where the last task made earlier ones better than
     they had ever been.

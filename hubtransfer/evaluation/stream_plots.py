@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hubtransfer.evaluation.plots import DASHES, GREY, Path, _figure
+from hubtransfer.evaluation.plots import DASHES, GREY, Path, figure_at
 
 CELLS_AT_MOST = 12
 """Tasks whose accuracies still fit into the cells of the matrix."""
@@ -26,7 +26,7 @@ def accuracy_matrix(stream: Mapping[str, Any], path: Path) -> None:
     values = _values(stream)
     rows, columns = values.shape
     side = 0.42 if columns <= CELLS_AT_MOST else 0.24
-    with _figure(path, max(3.6, side * columns + 2.2), max(2.6, side * rows + 1.4)) as figure:
+    with figure_at(path, max(3.6, side * columns + 2.2), max(2.6, side * rows + 1.4)) as figure:
         axis = figure.subplots()
         image = axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="equal")
         axis.grid(False)
@@ -52,7 +52,7 @@ def retention(stream: Mapping[str, Any], path: Path) -> None:
     """
     values = _values(stream)
     rows, columns = values.shape
-    with _figure(path, 6.4, 3.6) as figure:
+    with figure_at(path, 6.4, 3.6) as figure:
         from matplotlib import colormaps
 
         axis = figure.subplots()

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hubtransfer.evaluation.plots import GREY, NAMES_AT_MOST, Path, _figure
+from hubtransfer.evaluation.plots import GREY, NAMES_AT_MOST, Path, figure_at
 from hubtransfer.functional.attention import attention
 
 
@@ -61,7 +61,7 @@ def attention_maps(
     grey = images.detach().float().cpu().mean(1)
     low, high = grey.amin((1, 2), keepdim=True), grey.amax((1, 2), keepdim=True)
     grey = (grey - low) / (high - low).clamp_min(1e-12)
-    with _figure(path, 1.5 * len(shown), 1.5 * len(images) * size[0] / size[1] + 0.6) as figure:
+    with figure_at(path, 1.5 * len(shown), 1.5 * len(images) * size[0] / size[1] + 0.6) as figure:
         axes = figure.subplots(len(images), len(shown), squeeze=False)
         for row in range(len(images)):
             for axis, (title, heat) in zip(axes[row], shown):
@@ -115,7 +115,7 @@ def logit_correlations(
     labels = names if names is not None and len(names) <= NAMES_AT_MOST else None
     side = min(5.0, max(2.8, 0.26 * wanted[1])) if labels else 3.4
     room = 0.08 * max(map(len, labels or ("class",)))  # for the names beside and below the first panel
-    with _figure(path, side * len(students) + 1.2 + room, side + 0.8 + room) as figure:
+    with figure_at(path, side * len(students) + 1.2 + room, side + 0.8 + room) as figure:
         axes = figure.subplots(1, len(students), squeeze=False)[0]
         for number, (axis, (name, found)) in enumerate(zip(axes, differences.items())):
             image = axis.imshow(found.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest)

@@ -29,6 +29,7 @@ class EarlierModel(nn.Module):
     def hold(self, model: TransferModel) -> None:
         """Keeps the model as it is now, in place of what was kept before."""
         self.forget()
+        self.kept.clear()
         self.kept.keep(model.state_dict())
 
     def forget(self) -> None:

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hubtransfer.data import Batch, MemoryConfig
+from hubtransfer.data import Batch, MemoryConfig, TaskStream
 from hubtransfer.methods.continual_method import ContinualMethod
-from hubtransfer.methods.item_batches import item_loader
+from hubtransfer.methods.item_batches import item_loader, need_ends
+from hubtransfer.methods.replay_method import need_shares
 from hubtransfer.models import TransferModel
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ class EpisodicMemory(ContinualMethod):
         old: list[nn.Parameter] = [p for head in heads for p in head.parameters()]
         return {"model": [*own, *([{"params": old}] if old else [])]}
 
+    def checked(self, scenario: TaskStream) -> list[Any]:
+        """Checks that a random sample of each task can be drawn, and kept."""
+        return need_shares(self, need_ends(self, super().checked(scenario)))
+
     @torch.no_grad()
     def after_task(self, item: Any, runtime: "Runtime") -> None:
         """Offers the memory as many random examples of the task as it has room for, the same on all processes."""
@@ -46,7 +51,7 @@ def random_examples(method: ContinualMethod, item: Any, runtime: "Runtime", coun
 
     Args:
         method: Whose model reads them.
-        item: The item.
+        item: The item; of data without an end it would be the first ones (see `need_ends`).
         runtime: Where it runs.
         count: How many; all of a smaller training set.
     """

@@ -1,5 +1,6 @@
 """The few examples that stand for their class: choosing them, reading each once a pass, classifying by their means."""
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,10 +63,16 @@ def once_a_pass(memory: Memory, number: int, first: int, last: int) -> Tensor:
     while first < last:
         turn, start = divmod(first, size)
         stop = min(size, start + last - first)
-        order = torch.randperm(size, generator=memory.random("pass", (number << 32) + turn))
+        order = _order(memory.random("pass", (number << 32) + turn).initial_seed(), size)
         found.append(order[start:stop])
         first += stop - start
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, size: int) -> Tensor:
+    """One pass's order, int64 (size,); the last are kept: each step reads on where the one before ended."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from hubtransfer.data.seeds import seed_of
 from hubtransfer.functional.fisher import FisherKind, likelihood_roots
 from hubtransfer.functional.missing import known_classes
 from hubtransfer.methods.continual_method import ContinualMethod
+from hubtransfer.methods.evaluating import evaluating
 from hubtransfer.methods.item_batches import item_loader
 from hubtransfer.models import ClassificationHead
 from hubtransfer.models.example_gradients import Example, Power, sum_over_examples
@@ -50,7 +51,7 @@ def mean_over_examples(
         runtime: Where it runs.
         values: From logits, labels and numbers in [0, 1) (batch,) to scalars (batch, k) whose gradients count.
         power: 1 or 2.
-        samples: Number of examples, drawn at random; None takes all.
+        samples: Number of examples, drawn at random, or the first ones of data without an end; None takes all.
         labelled: Whether `values` needs labels: then examples without one are left out.
 
     Raises:
@@ -74,14 +75,10 @@ def mean_over_examples(
             if left is not None and left <= 0:
                 return
 
-    was_training = method.model.training
-    method.model.eval()
-    try:
+    with evaluating(method.model):
         own = islice(examples(), runtime.rank, None, runtime.world)
         learned = method.learned()
         totals, count = sum_over_examples(method.model, method.current, own, values, learned, power)
-    finally:
-        method.model.train(was_training)
     first = next(iter(learned.values()))
     number = runtime.reduce(torch.tensor(float(count), device=first.device), "sum").clamp(min=1)
     flat = runtime.reduce(torch.cat([total.flatten() for total in totals.values()]), "sum") / number

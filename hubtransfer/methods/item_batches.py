@@ -55,12 +55,15 @@ def need_ends(method: "Method", items: list[Any]) -> list[Any]:
     """Returns items of a stream, all of whose training data can be looked at.
 
     Raises:
-        ValueError: naming data that are a stream, of which nobody knows the end.
+        ValueError: naming data that are a stream, of which nobody knows the end, and what to give instead.
     """
     for item in items:
         if item.train_source.iterable:
             where = item.train_source.where
-            raise ValueError(f"{type(method).__name__} has to look at all of {where}, but it has no end")
+            raise ValueError(
+                f"{type(method).__name__} has to look at all of {where}, but it has no end; give data of known length, "
+                "such as a list or a table of so many of its examples"
+            )
     return items
 
 

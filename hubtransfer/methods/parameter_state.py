@@ -31,6 +31,10 @@ class ParameterState(nn.Module):
         for name, value in values.items():
             self.register_buffer(_key(name), value.detach().clone())
 
+    def clear(self) -> None:
+        """Forgets all tensors."""
+        self._buffers.clear()
+
     def like(self, name: str, parameter: Tensor) -> Tensor:
         """Returns the tensor of a name in the shape of a parameter, zeros where there is none."""
         kept = self._buffers.get(_key(name))
@@ -64,7 +68,7 @@ class ParameterState(nn.Module):
         return super()._apply(function, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._buffers.clear()
+        self.clear()
         for key, value in state_dict.items():
             if key.startswith(prefix) and "." not in key[len(prefix) :]:
                 self.register_buffer(key[len(prefix) :], value.detach().clone().to(self._place.device))

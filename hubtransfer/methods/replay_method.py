@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hubtransfer.data import Batch, MemoryConfig, Replay, Reservoir
+from hubtransfer.data import Batch, MemoryConfig, Replay, Reservoir, Ring, TaskStream
 from hubtransfer.data.batch import joined_inputs
 from hubtransfer.methods.continual_method import ContinualMethod
 from hubtransfer.models import TransferModel
@@ -46,6 +46,27 @@ def check_replay(memory: MemoryConfig, replay_batch: int | None) -> None:
         raise ValueError(f"replay_batch must be at least 1, got {replay_batch}")
 
 
+def need_shares(method: Any, items: list[Any]) -> list[Any]:
+    """Returns the items of a stream if the method's memory, where it is divided among tasks, has room for each.
+
+    Raises:
+        ValueError: saying what to change.
+    """
+    config, count = method.memory.config, len(items)
+    if isinstance(config, Ring) and config.per == "task":
+        who = f"{type(method).__name__}: memory {config}"
+        if config.groups is not None and config.groups < count:
+            raise ValueError(
+                f"{who} was made for {config.groups} tasks, but the stream has {count}; give it groups={count}, or no "
+                "groups: then the share of each shrinks as more come"
+            )
+        if config.size < count:
+            raise ValueError(
+                f"{who} cannot keep an example of each of {count} tasks; give it a size of at least {count}"
+            )
+    return items
+
+
 class ReplayMethod(ContinualMethod):
     """Learns each batch beside examples of a memory, through one concatenated forward.
 
@@ -58,6 +79,10 @@ class ReplayMethod(ContinualMethod):
     def __init__(self, model: TransferModel, config: Any, *, task: str | None = None) -> None:
         super().__init__(model, config, task=task)
         self.memory = config.memory.build(model.processor)
+
+    def checked(self, scenario: TaskStream) -> list[Any]:
+        """Checks that the memory has room for each task too."""
+        return need_shares(self, super().checked(scenario))
 
     def draw(self, batch: Batch) -> Replay | None:
         """Returns examples of the memory for a step on a batch, or `None` while it has none."""

@@ -257,12 +257,12 @@ class Runtime:
         groups = update.groups()
         params: list[Tensor] = [p for group in groups for p in self._params[group]]
         rules: list[Combine] = [update.rule(group) for group in groups]
-        if all(type(rule) is Sum for rule in rules):
-            gradients = [self.grad(total(terms), params)]
+        if all(type(rule) is Sum for rule in rules):  # which asks for no values of the terms
+            gradients, losses = [self.grad(total(terms), params)], torch.empty(0)
         else:
             last = len(terms) - 1
             gradients = [self.grad(term, params, retain_graph=k < last) for k, term in enumerate(terms.values())]
-        losses = self.reduce(torch.stack([term.detach() for term in terms.values()]))
+            losses = self.reduce(torch.stack([term.detach() for term in terms.values()]))
         result, start = {}, 0
         for group, rule in zip(groups, rules):
             stop = start + len(self._params[group])

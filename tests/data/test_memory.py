@@ -385,7 +385,7 @@ def test_wrong_content_is_named():
     memory = filled(Reservoir(6))
     with pytest.raises(ValueError, match=r"keeps \['logits'\] beside each example, got \[\]"):
         memory.add(numbered(0, 4))
-    with pytest.raises(ValueError, match="keeps logits of shape"):
+    with pytest.raises(ValueError, match=r"keeps logits of shape \(2,\), not \(3,\); resize or pad"):
         memory.add(numbered(0, 400), logits=torch.zeros(400, 3))
     with pytest.raises(ValueError, match="keeps labels"):
         Reservoir(6).build().add(Batch(inputs={"pixel_values": torch.zeros(2, 1)}))

@@ -249,6 +249,22 @@ def test_split_by_a_domain_column():
         domain_tasks(data, {**images(2), "place": ["sea", "land"]}, column="place")
 
 
+@pytest.mark.parametrize("numbers", [torch.arange(12) % 12, (torch.arange(12) % 12).tolist()])
+def test_domains_that_are_whole_numbers_come_in_their_order(numbers):
+    stream = domain_tasks({**images(12), "year": numbers}, column="year")
+    assert [task.name for task in stream] == ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11"]
+    texts = domain_tasks({**images(3), "place": ["10", "9", "north"]}, column="place")
+    assert [task.name for task in texts] == ["10", "9", "north"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_angles_and_blurs_that_are_no_numbers_are_refused(bad):
+    with pytest.raises(ValueError, match=f"max_angle must be a finite number of degrees, got {bad}"):
+        rotated_tasks(images(), max_angle=bad)
+    with pytest.raises(ValueError, match=f"blur must be finite and not negative, got {bad}"):
+        blurred_stream(permuted_tasks(images(), tasks=2), blur=bad)
+
+
 def test_a_blurred_stream_gives_every_example_once_and_blur_mixes_tasks():
     data = images(60, classes=6)
     tasks = split_tasks(data, data, classes=2)
@@ -286,7 +302,7 @@ def test_what_cannot_be_split_is_named():
         split_tasks(data, images(2), classes=[[0, 1], [2]])
     with pytest.raises(ValueError, match="no column of class numbers"):
         split_tasks({"pixel_values": data["pixel_values"], "labels": torch.rand(12)}, classes=1)
-    with pytest.raises(ValueError, match="blur must not be negative"):
+    with pytest.raises(ValueError, match="blur must be finite and not negative"):
         blurred_stream(split_tasks(data, classes=1), blur=-1)
     with pytest.raises(ValueError, match="no example knows its head"):
         blurred_stream(split_tasks(data, classes=1, kind="task"))

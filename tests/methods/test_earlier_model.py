@@ -3,6 +3,7 @@
 import torch
 
 from hubtransfer.methods.earlier_model import EarlierModel
+from hubtransfer.models import ClassificationHead
 from tests.tiny import batch, tiny_model
 
 
@@ -23,6 +24,15 @@ def test_it_stays_while_the_model_moves_and_follows_when_told():
     earlier.hold(model)
     (second,) = earlier.outputs(model, each, logits)
     assert torch.equal(second, model(**each.inputs).logits) and not second.requires_grad
+
+
+def test_parts_that_the_model_no_longer_has_are_forgotten():
+    earlier, each = EarlierModel(), batch([0, 1, 2])
+    larger, model = tiny_model(), tiny_model(seed=3).eval()
+    larger.add_task("other", ClassificationHead(2))
+    earlier.hold(larger)
+    earlier.hold(model)
+    assert torch.equal(earlier.outputs(model, each, logits)[0], model(**each.inputs).logits)
 
 
 def test_examples_that_stay_the_same_are_asked_once():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hubtransfer.data import SingleTask
-from hubtransfer.training import Trainer, TrainingArguments
+from hubtransfer.training import Runtime, Trainer, TrainingArguments
 from tests.tiny import tiny_data
 from tests.training.toys import Explicit, LookAhead, Plain, Ranked, TwoPlayers, make
 
@@ -49,6 +49,20 @@ def test_both_paths_equal_a_hand_written_loop(tmp_path):
     expected = torch.cat([p.detach().flatten() for p in by_hand.parameters()])
     torch.testing.assert_close(train(plain, data, tmp_path), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(train(explicit, data, tmp_path), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("cls", "asked"), [(Explicit, 0), (Ranked, 6)])
+def test_values_of_terms_are_averaged_over_processes_only_for_a_rule_that_asks(cls, asked, tmp_path, monkeypatch):
+    """A rule that is not the plain sum gets them at each of 6 steps; gradients on one process need no average."""
+    averaged, plain = [], Runtime.reduce
+
+    def reduce(self, tensor, how="mean"):
+        averaged.extend([how] * (len(tensor) == 2))  # the terms are two; the log reads three steps at a time
+        return plain(self, tensor, how)
+
+    monkeypatch.setattr(Runtime, "reduce", reduce)
+    train(make(cls), tiny_data(24), tmp_path)
+    assert len(averaged) == asked
 
 
 def test_accumulation_equals_one_large_batch(tmp_path):

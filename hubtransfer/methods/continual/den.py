@@ -12,6 +12,7 @@ from torch.func import functional_call
 from hubtransfer.data import Batch, TaskStream
 from hubtransfer.functional.subnetworks import reaching_units, rows_shrunk, shrunk
 from hubtransfer.methods.continual_method import ContinualMethod
+from hubtransfer.methods.evaluating import evaluating
 from hubtransfer.methods.item_batches import item_batches, need_ends
 from hubtransfer.methods.parameter_state import ParameterState
 from hubtransfer.methods.stage import OptimizerConfig, Stage
@@ -205,10 +206,10 @@ class DEN(ContinualMethod, name="den", config=DENConfig):
     @torch.no_grad()
     def measure(self, item: Any, runtime: "Runtime") -> None:
         """Notes the loss that the retrained sub-network reaches on the task's training data."""
-        self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
-        for batch in item_batches(self, item, runtime, shared=True):
-            sums += torch.tensor([float(self.label_loss(batch)) * len(batch), len(batch)], dtype=torch.float64)
+        with evaluating(self.model):
+            for batch in item_batches(self, item, runtime, shared=True):
+                sums += torch.tensor([float(self.label_loss(batch)) * len(batch), len(batch)], dtype=torch.float64)
         total, count = runtime.reduce(sums.to(runtime.device), "sum")
         self.reached.copy_(total / count)
 

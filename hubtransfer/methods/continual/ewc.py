@@ -25,7 +25,8 @@ class EWCConfig:
         strength: lambda, how hard important parameters are held.
         fisher: "exact" (over all classes), "sampled" (a class drawn from the model), "predicted" or "label" (the
             empirical Fisher). See `hubtransfer.functional.fisher`.
-        samples: Examples of a task on which the Fisher information is measured (default: all).
+        samples: Examples of a task on which the Fisher information is measured (default: all): random
+            ones, or the first ones of data without an end.
     """
 
     strength: float = 1.0

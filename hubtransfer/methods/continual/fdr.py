@@ -12,6 +12,7 @@ from hubtransfer.data import Batch, MemoryConfig, Ring, TaskStream
 from hubtransfer.methods.episodic_memory import random_examples
 from hubtransfer.methods.evaluating import TOGETHER, evaluating
 from hubtransfer.methods.importance import need_classes
+from hubtransfer.methods.item_batches import need_ends
 from hubtransfer.methods.replay_method import Part, ReplayMethod, check_replay, mean, widest
 from hubtransfer.methods.stage import Stage
 from hubtransfer.methods.update import Descend, Terms
@@ -79,6 +80,10 @@ class FDR(ReplayMethod, name="fdr", config=FDRConfig):
     def __init__(self, model: TransferModel, task: str | None = None, **config: Any) -> None:
         super().__init__(model, self.configure(config), task=task)
 
+    def checked(self, scenario: TaskStream) -> list[Any]:
+        """Checks the stream's heads too, and that a random sample of each task can be drawn."""
+        return need_classes(self, need_ends(self, super().checked(scenario)), "a distance of probabilities")
+
     def distance(self, batch: Batch) -> Terms:
         """Returns the weighted distance from the remembered probabilities: the scalar `distance`."""
         _, parts = self.run(None, self.draw(batch))
@@ -91,7 +96,7 @@ class FDR(ReplayMethod, name="fdr", config=FDRConfig):
 
     def stages(self, scenario: TaskStream) -> Iterator[Stage]:
         """One stage an item; from the second item on each batch makes two steps."""
-        for number, item in enumerate(need_classes(self, self.checked(scenario), "a distance of probabilities")):
+        for number, item in enumerate(self.checked(scenario)):
             updates = [Descend(self.loss), Descend(self.distance)] if number else [Descend(self.loss)]
             begin, end = partial(self.begin, item), self.ending(item)
             yield Stage(item.name, item.train_source, updates, enter=begin, exit=end)

@@ -22,7 +22,8 @@ class MASConfig:
 
     Attributes:
         strength: lambda, how hard important parameters are held.
-        samples: Examples of a task on which importance is measured (default: all).
+        samples: Examples of a task on which importance is measured (default: all): random
+            ones, or the first ones of data without an end.
     """
 
     strength: float = 1.0

@@ -13,6 +13,7 @@ from hubtransfer.data.processes import everywhere
 from hubtransfer.functional.fisher import squared_norm
 from hubtransfer.functional.missing import known_classes
 from hubtransfer.functional.plateau import Plateau, plateau
+from hubtransfer.methods.evaluating import evaluating
 from hubtransfer.methods.importance import need_classes
 from hubtransfer.methods.parameter_state import ParameterState
 from hubtransfer.methods.quadratic_penalty import weighted_distance
@@ -159,10 +160,9 @@ class TaskFree(ReplayMethod, name="task_free", config=TaskFreeConfig):
         """Measures importances on the hard buffer, averages them with those so far, and moves the anchor here."""
         hard = self.memory.everything()
         assert hard is not None
-        learned, was_training = self.learned(), self.model.training
-        self.model.eval()
-        totals, count = sum_over_examples(self.model, self.current, [(hard.inputs, ())], squared_norm, learned, 1)
-        self.model.train(was_training)
+        learned = self.learned()
+        with evaluating(self.model):
+            totals, count = sum_over_examples(self.model, self.current, [(hard.inputs, ())], squared_norm, learned, 1)
         self.plateaus += 1
         share = 1 / float(self.plateaus)
         old = {name: self.importance.like(name, parameter) for name, parameter in learned.items()}

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from hubtransfer.data import MemoryConfig, SingleTask, TaskStream
+from hubtransfer.data import MemoryConfig, Ring, SingleTask, TaskStream
 from hubtransfer.methods.continual.er import ER
 from hubtransfer.training import Trainer
 from tests.contract.methods import CONTINUAL, cls_of, example
@@ -79,10 +79,13 @@ def streamed(data):
 
 
 NEED_ENDS = {
+    "a_gem": "has to look at all of data set 't0', but it has no end; give data of known length",
     "cn_dpm": "reads data set 't0' in portions, which needs data of known length",
     "den": "has to look at all of data set 't0', but it has no end",
     "dgr": "has to look at all of data set 't0', but it has no end",
     "ewc": "data set 't0' has no end; say on how many samples",
+    "fdr": "has to look at all of data set 't0', but it has no end",
+    "gem": "has to look at all of data set 't0', but it has no end",
     "icarl": "which classes data set 't0' has, but its labels cannot be read beforehand",
     "joint": "data set 't0' is a stream: .* cannot be indexed",
     "lwf": "which classes data set 't0' has, but its labels cannot be read beforehand",
@@ -111,6 +114,26 @@ def test_tasks_that_end_before_their_steps_are_finished_all_the_same(name, caplo
     assert re.search(r"the stream ended after \d of 50 steps", caplog.text)
     assert method.number == len(items) - 1
     assert finished == ([] if name in WITH_STAGES_AFTER else [item.name for item in items])
+
+
+SHARED = [name for name in REPLAY if isinstance(next(iter(memories(example(name)[0].config).values())), Ring)]
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        (Ring(12, groups=1), "made for 1 tasks, but the stream has 2; give it groups=2, or no groups"),
+        (Ring(1), "cannot keep an example of each of 2 tasks; give it a size of at least 2"),
+    ],
+)
+@pytest.mark.parametrize("name", SHARED)
+def test_a_memory_without_a_share_for_each_task_is_named_before_work_starts(name, memory, message):
+    method, stream = example(name)
+    method = cls_of(name)(method.model, task=method.task, memory=memory)
+    before = snapshot(method)
+    with pytest.raises(ValueError, match=message):
+        run(method, TaskStream(list(stream)[:2], kind=stream.kind))
+    assert not changed(before, method)
 
 
 @pytest.mark.parametrize("name", ["ewc", "online_ewc", "mas"])

@@ -151,6 +151,16 @@ def test_every_pass_has_an_order_of_its_own():
     assert not torch.equal(once_a_pass(memory, 1, 0, 18), places)
 
 
+def test_an_order_is_made_once_a_pass(monkeypatch):
+    memory, made, plain = Herding(40).build(), [], torch.randperm
+    memory.set_seed(123)
+    memory.add(batch([0] * 20 + [1] * 20))
+    monkeypatch.setattr(torch, "randperm", lambda size, **how: made.append(size) or plain(size, **how))
+    for step in range(10):  # eight of 80 places a step: two passes
+        once_a_pass(memory, 3, 8 * step, 8 * step + 8)
+    assert made == [40, 40]
+
+
 def test_penalties_join_it():
     stream = class_stream(2)
     both = ICaRL(model_for(stream), memory=Herding(8))
