@@ -76,7 +76,8 @@ class StreamReader:
                 items = items[: len(items) - len(items) % self.world]
             if not items:
                 if step == 0:
-                    raise ValueError(f"{self.source.where} gave no examples in epoch {epoch}")
+                    hint = "give a data set that has some or, where it can be read only once, a function that makes it"
+                    raise ValueError(f"{self.source.where} gave no examples in epoch {epoch}; {hint} anew")
                 return
             share = len(items) // self.world if self.trim else self.batch_size
             offset = self.rank * share

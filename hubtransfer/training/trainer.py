@@ -33,7 +33,6 @@ from hubtransfer.training.state import RunState
 from hubtransfer.training.views import Views
 
 log = logging.getLogger(__name__)
-EMPTY = "give examples, or, if it was read before and cannot be again, a function that returns it anew"
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ class Trainer:
             self._share_outputs()
             if loader.steps_per_epoch is None and cursor.step < total:
                 if cursor.step == 0:
-                    raise ValueError(f"{where}: the stream gave no batch; {EMPTY}")
+                    raise ValueError(f"{where}: the stream gave no batch; give an example for each process")
                 log.warning("%s: the stream ended after %d of %d steps", where, cursor.step, total)
                 return
             if self.arguments.evaluate == "epoch":
