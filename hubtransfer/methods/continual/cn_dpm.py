@@ -142,10 +142,25 @@ class CNDPM(ExpertMixture, name="cn_dpm", config=CNDPMConfig):
                 adams = {group_of(expert): constant_adam(chosen.classifier_lr) for expert in self.experts}
                 yield Stage(f"{name} awake", data, awake, epochs=1, enter=begin, optimizers=adams)
                 see, tell = [Descend(self.generator_loss, trains="generator")], [Descend(self.classifier_loss)]
-                steps, grow = chosen.generator_steps, self.fall_asleep
-                yield Stage(f"{name} asleep, inputs", data, see, None, steps, None, grow, None, full, adam[0], False)
-                steps, end = chosen.classifier_steps, self.wake_up
-                yield Stage(f"{name} asleep, labels", data, tell, None, steps, None, None, end, full, adam[1])
+                yield Stage(
+                    f"{name} asleep, inputs",
+                    data,
+                    see,
+                    steps=chosen.generator_steps,
+                    enter=self.fall_asleep,
+                    when=full,
+                    optimizers=adam[0],
+                    measured=False,
+                )
+                yield Stage(
+                    f"{name} asleep, labels",
+                    data,
+                    tell,
+                    steps=chosen.classifier_steps,
+                    exit=self.wake_up,
+                    when=full,
+                    optimizers=adam[1],
+                )
 
     def portions(self, item: Any) -> Iterator[Source]:
         """Yields an item's data in portions, in random order unless they are a stream."""
